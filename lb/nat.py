@@ -1,0 +1,253 @@
+"""Nat: which client is behind which local port. Sockets, limits and memory of the socket engine's flows."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lb.address import Address
+from lb.engine import Counters
+from lb.log import event
+from lb.returnpath import ReturnPath, ReturnPaths
+from lb.sockets import source_control, upstream_port
+from lb.upstream import PORT_REST, Flow, Flows, Listener, Member, Upstream, most_idle
+
+logger = logging.getLogger(__name__)
+
+
+class UdpLimits:
+    """What an engine may use, and how long it remembers. Times in seconds, sizes in octets."""
+
+    __slots__ = ("flows", "idle_timeout", "new_flow_timeout", "socket_buffer", "sockets")
+
+    def __init__(
+        self, *, flows: int, sockets: int, idle_timeout: float, new_flow_timeout: float, socket_buffer: int
+    ) -> None:
+        self.flows = flows
+        self.sockets = sockets
+        self.idle_timeout = idle_timeout
+        self.new_flow_timeout = new_flow_timeout
+        self.socket_buffer = socket_buffer
+
+
+class Nat:
+    """All flows of an engine, and the ports that they share.
+
+    `opened` is called with every new port, which somebody must read from. `return_paths` hears of every flow.
+    What is given up or restored is counted in `counters`.
+    """
+
+    def __init__(
+        self,
+        limits: UdpLimits,
+        counters: Counters,
+        opened: Callable[[Upstream], None],
+        return_paths: ReturnPaths | None,
+    ) -> None:
+        self.flows = Flows(limits.flows)
+        self._limits = limits
+        self._counters = counters
+        self._opened = opened
+        self._return_paths = return_paths
+        self._pools: dict[bool, list[Upstream]] = {False: [], True: []}  # by family: is it IPv6?
+        self._paths = list(return_paths.remembered()) if return_paths is not None else []
+        self._reopened: dict[tuple[bool, int], Upstream | None] = {}
+
+    @property
+    def sockets(self) -> int:
+        return len(self._pools[False]) + len(self._pools[True])
+
+    def begin(
+        self, listener: Listener, key: Any, client: Any, local: bytes | None, member: Member, now: float
+    ) -> Flow | None:
+        """A new flow; the oldest idle one goes if there is no room. None if there is no port to be had."""
+        if self.flows.is_full:
+            victim = self.flows.victim()
+            if victim is None:
+                return None
+            self._counters.flows_evicted += 1
+            self.end(victim, now)
+        upstream = self._port_for(member, now)
+        if upstream is None:
+            return None
+        flow = Flow(listener, client, local, source_control(local), member, upstream)
+        flow.seen = now
+        self._add(flow, key)
+        self.remember(flow)
+        return flow
+
+    def _add(self, flow: Flow, key: Any) -> None:
+        flow.sibling = flow.listener.flows.get(key)
+        flow.listener.flows[key] = flow
+        flow.upstream.flows[flow.member.sockaddr] = flow
+        flow.member.counters.flows += 1
+        self.flows.add(flow)
+
+    def end(self, flow: Flow, now: float) -> None:
+        unlink(flow, flow.client if flow.local is None else (flow.client, flow.local))
+        del flow.upstream.flows[flow.member.sockaddr]
+        flow.member.counters.flows -= 1
+        flow.member.free.append((now, flow.upstream))
+        if self._return_paths is not None:
+            self._return_paths.clear(flow.number)
+        self.flows.remove(flow)
+
+    def _port_for(self, member: Member, now: float) -> Upstream | None:
+        """A port that no flow of this backend uses: one long given back, one never used, a new one, or the idlest's."""
+        pool = self._pools[member.address.is_ipv6]
+        if member.free and now - member.free[0][0] >= PORT_REST:
+            return member.free.popleft()[1]
+        while member.next_port < len(pool):
+            upstream = pool[member.next_port]
+            member.next_port += 1
+            if member.sockaddr not in upstream.flows:
+                return upstream
+        if self.sockets < self._limits.sockets:
+            try:
+                port = upstream_port(member.address.is_ipv6, buffer=self._limits.socket_buffer)
+            except OSError as error:
+                event(
+                    logger, logging.WARNING, "no-more-sockets", sockets=len(pool), reason=os.strerror(error.errno or 0)
+                )
+                # Whatever the limit was meant to be, this is what it is.
+                self._limits.sockets = self._counters.socket_limit = self.sockets
+            else:
+                member.next_port = len(pool) + 1
+                return self._add_port(Upstream(port))
+        if not member.free:
+            victim = most_idle(member, pool, self.flows.count)
+            if victim is None:
+                return None
+            self._counters.flows_evicted += 1
+            self.end(victim, now)
+        return member.free.popleft()[1]
+
+    def remember(self, flow: Flow) -> None:
+        if self._return_paths is None:
+            return
+        client = flow.client
+        self._return_paths.write(
+            flow.number,
+            ReturnPath(
+                flow.upstream.address.port,
+                flow.member.address,
+                Address(client[0].partition("%")[0], client[1]),
+                flow.listener.address,
+                client[3] if len(client) > 2 else 0,
+                None if flow.local is None else host_of(flow.local),
+                flow.cid,
+                flow.established,
+            ),
+        )
+
+    def reopen_ports(self, *, final: bool) -> bool:
+        """Bind the ports that a killed predecessor's flows used. Returns whether that is settled.
+
+        A port that is still taken may be free a moment later; `final` gives it up.
+        """
+        for path in self._paths:
+            place = (path.backend.is_ipv6, path.local_port)
+            if place in self._reopened:
+                continue
+            if self.sockets >= self._limits.sockets:
+                self._reopened[place] = None
+                continue
+            try:
+                port = upstream_port(place[0], buffer=self._limits.socket_buffer, port=place[1])
+            except OSError:
+                if not final:
+                    return False
+                self._reopened[place] = None
+            else:
+                self._reopened[place] = self._add_port(Upstream(port))
+        return True
+
+    def restore(self, listeners: Mapping[Address, Listener], now: float) -> None:
+        """Carry on the flows of a process that died: same ports, same clients."""
+        if self._return_paths is None:
+            return
+        restored = sum(self._restore(path, listeners, now) for path in self._paths)
+        if self._paths:
+            event(logger, logging.INFO, "flows-restored", flows=restored, lost=len(self._paths) - restored)
+        self._counters.flows_restored += restored
+        self._paths = []
+        self._reopened = {}
+        self._return_paths.commit()
+
+    def close(self) -> None:
+        for upstream in [*self._pools[False], *self._pools[True]]:
+            upstream.close()
+        if self._return_paths is not None:
+            self._return_paths.close()
+
+    def _restore(self, path: ReturnPath, listeners: Mapping[Address, Listener], now: float) -> bool:
+        listener = listeners.get(path.listener)
+        upstream = self._reopened[path.backend.is_ipv6, path.local_port]
+        if listener is None or upstream is None or self.flows.is_full:
+            return False
+        member = next((m for m in listener.service.members if m.address == path.backend), None)
+        if member is None or member.sockaddr in upstream.flows:
+            return False
+        local = None if path.local is None else _packed(path.local)
+        client = _sockaddr(path.client, path.scope_id)
+        flow = Flow(listener, client, local, source_control(local), member, upstream)
+        flow.seen = now
+        flow.cid = path.cid
+        flow.established = path.established
+        flow.short_header_seen = path.cid is not None
+        self._add(flow, client if local is None else (client, local))
+        self.remember(flow)
+        return True
+
+    def _add_port(self, upstream: Upstream) -> Upstream:
+        self._pools[upstream.is_ipv6].append(upstream)
+        self._opened(upstream)
+        return upstream
+
+
+def bring_forward(flow: Flow, key: Any) -> None:
+    """Make a flow the first of its client's, the one whose CID is looked at first."""
+    unlink(flow, key)
+    flow.sibling = flow.listener.flows.get(key)
+    flow.listener.flows[key] = flow
+
+
+def unlink(flow: Flow, key: Any) -> None:
+    """Take a flow out of the chain of its client's."""
+    flows = flow.listener.flows
+    before = flows[key]
+    if before is flow:
+        if flow.sibling is None:
+            del flows[key]
+        else:
+            flows[key] = flow.sibling
+    else:
+        while before.sibling is not flow:
+            assert before.sibling is not None  # noqa: S101 - it is in its own client's chain
+            before = before.sibling
+        before.sibling = flow.sibling
+    flow.sibling = None
+
+
+def host_of(packed: bytes) -> str:
+    """A packed address as the kernel prints it."""
+    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+
+
+def _packed(host: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+
+
+def _sockaddr(client: Address, scope_id: int) -> Any:
+    """A client's socket address, as the kernel reports it."""
+    if not client.is_ipv6:
+        return tuple(client)
+    host = client.host
+    if scope_id:
+        with contextlib.suppress(OSError):  # the interface is gone
+            host = f"{host}%{socket.if_indextoname(scope_id)}"
+    return (host, client.port, 0, scope_id)

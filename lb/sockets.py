@@ -1,0 +1,223 @@
+"""UDP sockets as a data plane wants them: trains in and out (GRO, GSO), ECN read and set, fragmentation off.
+
+What the kernel can do here and Python's `socket` has no name for is named at the top.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import struct
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lb.address import Address
+from lb.engine import Drop
+
+# linux/udp.h, linux/in.h, linux/in6.h
+SOL_UDP = socket.IPPROTO_UDP
+SOL_IP = socket.IPPROTO_IP
+SOL_IPV6 = socket.IPPROTO_IPV6
+UDP_SEGMENT = 103
+UDP_GRO = 104
+IP_TOS = 1
+IP_PKTINFO = 8
+IP_MTU_DISCOVER = 10
+IP_RECVERR = 11
+IP_RECVTOS = 13
+IPV6_MTU_DISCOVER = 23
+IPV6_RECVERR = 25
+IPV6_RECVPKTINFO = 49
+IPV6_PKTINFO = 50
+IPV6_RECVTCLASS = 66
+IPV6_TCLASS = 67
+PMTUDISC_PROBE = 3  # set DF, and leave path MTU discovery to the endpoints
+MSG_ERRQUEUE = 0x2000
+SO_RCVBUFFORCE = 33
+SO_SNDBUFFORCE = 32
+
+MAX_DATAGRAM = 65536
+MAX_TRAIN_OCTETS = 65000  # one IP packet's worth to the kernel, headers included
+MAX_TRAIN_SEGMENTS = 64
+CONTROL_SPACE = 128  # traffic class, train segment size and destination address
+
+Control = list[tuple[int, int, bytes]]
+NO_CONTROL: Control = []
+
+_CONGESTED = frozenset((errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM))
+# Reported on whatever is sent next, perhaps to somebody else: an ICMP error that came in before.
+_SOMEBODY_ELSES = frozenset((errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPROTO, errno.EACCES))
+_NO_TRAINS = frozenset((errno.EINVAL, errno.EMSGSIZE, errno.EIO, errno.EOPNOTSUPP))
+_SEGMENT_SIZE = struct.Struct("=H")
+
+
+class Port:
+    """A bound UDP socket and what was last set on it."""
+
+    __slots__ = ("address", "is_ipv6", "recvmsg_into", "sendto", "sock", "tos")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.is_ipv6 = sock.family == socket.AF_INET6
+        self.address = Address(*sock.getsockname()[:2])
+        self.recvmsg_into = sock.recvmsg_into
+        self.sendto = sock.sendto
+        self.tos = 0
+
+    def send(
+        self, views: Sequence[memoryview | bytes], segment: int, tos: int, to: Any, control: Control
+    ) -> str | None:
+        """Send octets to the socket address `to`, as datagrams of `segment` octets each if that is not 0.
+
+        `tos` is the traffic class, ECN bits included. Returns None, or the reason why (some of) it was lost.
+        """
+        try:
+            if tos != self.tos:
+                self._set_tos(tos)
+            if segment:
+                self.sock.sendmsg(views, [*control, (SOL_UDP, UDP_SEGMENT, _SEGMENT_SIZE.pack(segment))], 0, to)
+            elif control:
+                self.sock.sendmsg(views, control, 0, to)
+            else:
+                self.sendto(views[0], to)
+        except OSError as error:
+            return self._second_try(error, views, segment, tos, to, control)
+        return None
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def _second_try(
+        self,
+        error: OSError,
+        views: Sequence[memoryview | bytes],
+        segment: int,
+        tos: int,
+        to: Any,
+        control: Control,
+    ) -> str | None:
+        if error.errno in _CONGESTED:
+            return Drop.BUFFER_FULL
+        if segment and error.errno in _NO_TRAINS:
+            whole = views[0] if len(views) == 1 else b"".join(views)
+            drops = [self.send([whole[at : at + segment]], 0, tos, to, control) for at in range(0, len(whole), segment)]
+            return next((drop for drop in drops if drop), None)
+        if error.errno == errno.EMSGSIZE:
+            return Drop.TOO_LARGE
+        if error.errno in _SOMEBODY_ELSES:
+            try:
+                self._send_plainly(views, segment, to, control)
+            except OSError as again:
+                return Drop.BUFFER_FULL if again.errno in _CONGESTED else Drop.UNREACHABLE
+            return None
+        return Drop.UNREACHABLE
+
+    def _send_plainly(self, views: Sequence[memoryview | bytes], segment: int, to: Any, control: Control) -> None:
+        if segment:
+            control = [*control, (SOL_UDP, UDP_SEGMENT, _SEGMENT_SIZE.pack(segment))]
+        self.sock.sendmsg(views, control, 0, to)
+
+    def _set_tos(self, tos: int) -> None:
+        level, option = (SOL_IPV6, IPV6_TCLASS) if self.is_ipv6 else (SOL_IP, IP_TOS)
+        self.sock.setsockopt(level, option, tos)
+        self.tos = tos
+
+
+def listening_port(address: Address, *, buffer: int, shared: bool) -> Port:
+    """A port that clients send to. `shared` lets other workers bind it too (SO_REUSEPORT).
+
+    Bound to a wildcard it reports which address each datagram came to, so that answers can leave from there.
+    Raises OSError if the address cannot be had.
+    """
+    sock = _open(address.is_ipv6, buffer)
+    try:
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if address.is_wildcard:
+            option = (SOL_IPV6, IPV6_RECVPKTINFO) if address.is_ipv6 else (SOL_IP, IP_PKTINFO)
+            sock.setsockopt(*option, 1)
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        raise
+    return Port(sock)
+
+
+def upstream_port(is_ipv6: bool, *, buffer: int, port: int = 0) -> Port:
+    """A port that backends are reached from; a given one, or any that is free. It hears of ICMP errors.
+
+    Raises OSError if there is none left, or no descriptor for it.
+    """
+    sock = _open(is_ipv6, buffer)
+    try:
+        sock.setsockopt(*((SOL_IPV6, IPV6_RECVERR) if is_ipv6 else (SOL_IP, IP_RECVERR)), 1)
+        sock.bind(("::" if is_ipv6 else "0.0.0.0", port))
+    except OSError:
+        sock.close()
+        raise
+    return Port(sock)
+
+
+def read_errors(port: Port) -> list[Any]:
+    """The socket addresses of datagrams for which ICMP errors have come back, oldest first; empties the queue."""
+    addresses = []
+    for _ in range(MAX_TRAIN_SEGMENTS):
+        try:
+            _, _, _, to = port.sock.recvmsg(0, CONTROL_SPACE, MSG_ERRQUEUE)
+        except OSError:
+            break
+        addresses.append(to)
+    return addresses
+
+
+def read_control(control: Control) -> tuple[int, int, bytes | None]:
+    """Segment size of a train (0 for a single datagram), traffic class, and packed address that it came to."""
+    segment = tos = 0
+    local = None
+    for level, kind, value in control:
+        if level == SOL_UDP and kind == UDP_GRO:
+            segment = int.from_bytes(value, sys.byteorder)
+        elif level == SOL_IP and kind == IP_TOS:
+            tos = value[0]
+        elif level == SOL_IPV6 and kind == IPV6_TCLASS:
+            tos = int.from_bytes(value, sys.byteorder)
+        elif level == SOL_IP and kind == IP_PKTINFO:
+            local = value[8:12]
+        elif level == SOL_IPV6 and kind == IPV6_PKTINFO:
+            local = value[:16]
+    return segment, tos, local
+
+
+def source_control(local: bytes | None) -> Control:
+    """Control message that makes a datagram leave from the packed address `local`; none for None."""
+    if local is None:
+        return NO_CONTROL
+    if len(local) == 4:
+        return [(SOL_IP, IP_PKTINFO, bytes(4) + local + bytes(4))]
+    return [(SOL_IPV6, IPV6_PKTINFO, local + bytes(4))]
+
+
+def _open(is_ipv6: bool, buffer: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if is_ipv6 else socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        if is_ipv6:
+            sock.setsockopt(SOL_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setsockopt(SOL_IPV6, IPV6_RECVTCLASS, 1)
+            sock.setsockopt(SOL_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE)
+        else:
+            sock.setsockopt(SOL_IP, IP_RECVTOS, 1)
+            sock.setsockopt(SOL_IP, IP_MTU_DISCOVER, PMTUDISC_PROBE)
+        for force, plain in ((SO_RCVBUFFORCE, socket.SO_RCVBUF), (SO_SNDBUFFORCE, socket.SO_SNDBUF)):
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, force, buffer)
+            except PermissionError:
+                sock.setsockopt(socket.SOL_SOCKET, plain, buffer)  # capped by net.core.?mem_max
+        with contextlib.suppress(OSError):  # before Linux 5.0 there are no trains, only single datagrams
+            sock.setsockopt(SOL_UDP, UDP_GRO, 1)
+    except OSError:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,560 @@
+"""UdpEngine: sockets around a Router, and nothing that decides.
+
+Clients' datagrams are drained from the listening sockets, trains of them at once (GRO). Each one's CID is looked
+at: if it is the one that its flow carried last, the answer is known; if not, the Router says. Datagrams of one
+flow that follow each other leave together (GSO), from a port that backends answer to.
+
+All sockets sit in an epoll set of our own inside the event loop's: an event loop's handle per socket costs more
+memory than a flow, and not every loop passes on EPOLLERR, which is how ICMP errors announce themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import select
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lb.address import Address
+from lb.engine import Counters, Drop, Suspect
+from lb.nat import Nat, UdpLimits, bring_forward, host_of
+from lb.returnpath import ReturnPaths
+from lb.router import Verdict
+from lb.routing import FourTuple, RoutingTable
+from lb.sockets import (
+    CONTROL_SPACE,
+    MAX_DATAGRAM,
+    MAX_TRAIN_OCTETS,
+    MAX_TRAIN_SEGMENTS,
+    NO_CONTROL,
+    Control,
+    Port,
+    listening_port,
+    read_control,
+    read_errors,
+    source_control,
+)
+from lb.upstream import ENDED, NO_SHORTCUT, OTHER, Flow, Listener, Member, RunningService, ServicePolicy, Upstream
+
+LONG_HEADER = 0x80  # RFC 8999, section 5.1
+
+# Ours.
+BATCH = 64  # receives per socket and turn of the loop
+EVENTS = 256  # sockets per turn
+TICK = 0.1  # seconds between looks at idle flows and silent backends
+SWEEP = 4096  # flows looked at per tick
+PUSH_INTERVAL = 0.01  # seconds between bursts of pushed resets
+SILENT_DATAGRAMS = 8  # unanswered datagrams that make silence suspicious
+RESTORE_PATIENCE = 1.0  # seconds that a port of a killed predecessor may take to become free
+
+logger = logging.getLogger(__name__)
+
+
+class UdpEngine:
+    """The socket data plane of one process.
+
+    `suspect(service, backend)` is called at signs of trouble. `return_paths` survives this process.
+    `shared` lets several engines listen on the same addresses.
+    """
+
+    def __init__(
+        self,
+        limits: UdpLimits,
+        policies: Mapping[str, ServicePolicy],
+        *,
+        suspect: Suspect,
+        random: Callable[[int], bytes] = os.urandom,
+        return_paths: ReturnPaths | None = None,
+        shared: bool = False,
+    ) -> None:
+        self._limits = limits
+        self._policies = policies
+        self._suspect = suspect
+        self._random = random
+        self._shared = shared
+        self._services: dict[str, RunningService] = {}
+        self._listeners: dict[Address, Listener] = {}
+        self._counters = Counters(flow_limit=limits.flows, socket_limit=limits.sockets)
+        self._nat = Nat(limits, self._counters, self._on_new_upstream, return_paths)
+        self._farewells: deque[Flow] = deque()
+        self._pushing = False
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._buffers = [bytearray(MAX_DATAGRAM) for _ in range(BATCH)]
+        self._views = [memoryview(buffer) for buffer in self._buffers]
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._epoll: select.epoll | None = None
+        self._readable: dict[int, Callable[[], None]] = {}
+
+    # Engine.
+
+    async def start(self, tables: Sequence[RoutingTable]) -> None:
+        """Listen, take over what a killed predecessor left behind, forward. Raises OSError if it cannot listen."""
+        self._loop = asyncio.get_running_loop()
+        self._epoll = select.epoll()
+        await self.apply(tables)
+        await self._restore()
+        self._loop.add_reader(self._epoll.fileno(), self._on_events)
+        self._later(TICK, self._tick)
+
+    async def apply(self, tables: Sequence[RoutingTable]) -> None:
+        """Obey these tables from now on, and no others. Raises OSError, with nothing changed, if it cannot listen."""
+        wanted = {address: table for table in tables for address in table.service.listen}
+        opened: dict[Address, Port] = {}
+        try:
+            for address in wanted:
+                if address not in self._listeners:
+                    opened[address] = listening_port(address, buffer=self._limits.socket_buffer, shared=self._shared)
+        except OSError as error:
+            for port in opened.values():
+                port.close()
+            raise OSError(error.errno, f"cannot listen on {address}: {os.strerror(error.errno or 0)}") from error
+
+        # From here on nothing can fail.
+        for flow in self._nat.flows:
+            flow.shortcut = NO_SHORTCUT
+        gone: list[Member] = []
+        for table in tables:
+            gone += self._apply_to_service(table)
+        for name in self._services.keys() - {table.service.name for table in tables}:
+            gone += self._services.pop(name).members
+        for address, listener in list(self._listeners.items()):
+            if address not in wanted:
+                self._close_listener(listener)
+            else:
+                listener.service = self._services[wanted[address].service.name]
+        for address, port in opened.items():
+            self._open_listener(Listener(address, port, self._services[wanted[address].service.name]))
+        if gone:
+            left = set(gone)
+            for flow in [flow for flow in self._nat.flows if flow.member in left]:
+                self._nat.end(flow, self._now())
+
+    def set_policies(self, policies: Mapping[str, ServicePolicy]) -> None:
+        """Replace policies; they take effect with the next `apply`."""
+        self._policies = policies
+
+    async def counters(self) -> Counters:
+        counters = self._counters
+        counters.flows = self._nat.flows.count
+        counters.sockets = self._nat.sockets + len(self._listeners)
+        counters.services = {}
+        for name, service in self._services.items():
+            counted = counters.services[name] = service.counters
+            counted.verdicts[Verdict.CID] = sum(service.by_config[:OTHER])
+            counted.config_ids = [a + b for a, b in zip(service.by_config[:OTHER], service.by_config_down, strict=True)]
+            counted.backends = {member.name: member.counters for member in service.members}
+        return counters
+
+    async def stop(self) -> None:
+        """Close everything. Return paths stay in their file, for a successor."""
+        for timer in self._timers:
+            timer.cancel()
+        if self._loop is not None and self._epoll is not None:
+            self._loop.remove_reader(self._epoll.fileno())
+            self._epoll.close()
+        for listener in self._listeners.values():
+            listener.port.close()
+        self._nat.close()
+
+    # From clients.
+
+    def _on_events(self) -> None:
+        assert self._epoll is not None  # noqa: S101 - we are its reader
+        for descriptor, _ in self._epoll.poll(0, EVENTS):
+            readable = self._readable.get(descriptor)
+            if readable is not None:
+                readable()
+
+    def _on_clients(self, listener: Listener) -> None:
+        """Drain a listening socket.
+
+        Datagrams are gathered into a run while they are of one flow, size and traffic class, and sent when the next
+        one is not. Every receive of a turn has a buffer of its own, so that a run is views into them.
+        """
+        now = self._now()
+        buffers, views = self._buffers, self._views
+        flows = listener.flows
+        receive = listener.port.recvmsg_into
+        run: list[memoryview] = []
+        run_flow: Flow | None = None
+        run_config = run_segment = run_tos = run_octets = run_count = 0
+        run_open = False
+
+        said: Control | None = None  # the control messages that were read last: mostly they are the same again
+        segment = tos = 0
+        local: bytes | None = None
+
+        for index in range(BATCH):
+            buffer = buffers[index]
+            try:
+                size, control, _, client = receive((buffer,), CONTROL_SPACE)
+            except BlockingIOError:
+                break
+            except OSError:
+                continue  # an ICMP error from a client; it is the client's to repair
+            if control != said:
+                segment, tos, local = read_control(control)
+                said = control
+            key = client if local is None else (client, local)
+            flow = flows.get(key)
+            pieces: Iterable[tuple[Flow, int, int, int, int]]
+            if segment:
+                pieces = self._split(listener, key, client, local, index, size, segment, now)
+            elif (
+                # The shortcut: a short header with the very CID that the flow carried last.
+                flow is not None
+                and size > len(flow.shortcut)
+                and buffer[0] < LONG_HEADER
+                and buffer.startswith(flow.shortcut, 1)
+            ):
+                pieces = ((flow, flow.config_id, 0, size, 1),)
+            else:
+                flow, config = self._admit(listener, key, client, local, flow, bytes(views[index][:size]), now)
+                pieces = ((flow, config, 0, size, 1),) if flow is not None else ()
+
+            step = segment or size
+            for flow, config, start, stop, count in pieces:
+                octets = stop - start
+                if (
+                    flow is run_flow
+                    and run_open
+                    and config == run_config
+                    and tos == run_tos
+                    and (step == run_segment or (count == 1 and octets <= run_segment))
+                    and run_octets + octets <= MAX_TRAIN_OCTETS
+                    and run_count + count <= MAX_TRAIN_SEGMENTS
+                ):
+                    run.append(views[index][start:stop])
+                    run_octets += octets
+                    run_count += count
+                else:
+                    if run_flow is not None:
+                        self._send_up(run_flow, run, run_count, run_octets, run_segment, run_tos, run_config)
+                    run = [views[index][start:stop]]
+                    run_flow, run_config, run_segment, run_tos = flow, config, step, tos
+                    run_octets, run_count = octets, count
+                    flow.seen = now
+                # Only the last datagram of a train may be shorter than the others.
+                run_open = octets == count * run_segment
+
+        if run_flow is not None:
+            self._send_up(run_flow, run, run_count, run_octets, run_segment, run_tos, run_config)
+
+    def _split(
+        self,
+        listener: Listener,
+        key: Any,
+        client: Any,
+        local: bytes | None,
+        index: int,
+        size: int,
+        segment: int,
+        now: float,
+    ) -> Iterator[tuple[Flow, int, int, int, int]]:
+        """Cut a train where its flow changes: (flow, what to count it under, first octet, end, datagrams).
+
+        Every datagram's CID is looked at: a train is whatever arrived from one address in a row.
+        """
+        buffer, view = self._buffers[index], self._views[index]
+        start = 0
+        while start < size:
+            stop = min(start + segment, size)
+            flow = listener.flows.get(key)
+            if (
+                flow is not None
+                and stop - start > len(flow.shortcut)
+                and buffer[start] < LONG_HEADER
+                and buffer.startswith(flow.shortcut, start + 1)
+            ):
+                config = flow.config_id
+            else:
+                flow, config = self._admit(listener, key, client, local, flow, bytes(view[start:stop]), now)
+            count = 1
+            if flow is not None:
+                cid = flow.shortcut
+                while (
+                    stop < size
+                    and min(segment, size - stop) > len(cid)
+                    and buffer[stop] < LONG_HEADER
+                    and buffer.startswith(cid, stop + 1)
+                ):
+                    stop = min(stop + segment, size)
+                    count += 1
+                yield flow, config, start, stop, count
+            start = stop
+
+    def _send_up(
+        self, flow: Flow, run: list[memoryview], count: int, octets: int, segment: int, tos: int, config: int
+    ) -> None:
+        member = flow.member
+        member.by_config[config] += count
+        counters = member.counters
+        counters.datagrams_to += count
+        counters.octets_to += octets
+        drop = flow.upstream.send(run, segment if count > 1 else 0, tos, member.sockaddr, NO_CONTROL)
+        if drop is not None:
+            self._counters.failures[drop] += count
+
+    def _admit(
+        self,
+        listener: Listener,
+        key: Any,
+        client: Any,
+        local: bytes | None,
+        head: Flow | None,
+        datagram: bytes,
+        now: float,
+    ) -> tuple[Flow | None, int]:
+        """Ask the router about a datagram. Returns its flow, None if it goes nowhere, and what to count it under."""
+        service = listener.service
+        router, counters = service.router, service.counters
+        host = listener.address.host if local is None else host_of(local)
+        four_tuple = FourTuple(client[0], client[1], host, listener.address.port)
+        verdict, backend, config_id, unroutable, reply = router.route(datagram, four_tuple, now)
+        if unroutable is not None:
+            counters.unroutable[unroutable] += 1
+        if verdict is not Verdict.CID:  # that one is counted by config ID
+            counters.verdicts[verdict] += 1
+            if verdict is Verdict.CID_DOWN and config_id is not None:
+                service.by_config_down[config_id] += 1
+        if backend is None:
+            if reply is not None:
+                drop = listener.port.send([reply], 0, 0, client, source_control(local))
+                if drop is not None:
+                    self._counters.failures[drop] += 1
+            return None, OTHER
+
+        member = service.members[backend]
+        flow = head
+        while flow is not None and flow.member is not member:
+            flow = flow.sibling
+        is_short = datagram[0] < LONG_HEADER
+        by_cid = verdict is Verdict.CID or verdict is Verdict.CID_DOWN
+        if flow is None:
+            flow = self._nat.begin(listener, key, client, local, member, now)
+            if flow is None:
+                self._counters.failures[Drop.NO_SOCKET] += 1
+                if verdict is Verdict.CID and config_id is not None:
+                    service.by_config[config_id] += 1
+                return None, OTHER
+            if by_cid and is_short:
+                counters.moves += 1
+                if router.table.fallback(four_tuple) != backend:
+                    counters.rescued += 1
+        elif flow is not head:
+            bring_forward(flow, key)
+        if not is_short:
+            return flow, config_id if verdict is Verdict.CID and config_id is not None else OTHER
+
+        flow.short_header_seen = True
+        if not by_cid or config_id is None:
+            return flow, OTHER
+        cid = router.table.whole_cid(datagram[1:])
+        if cid is not None:
+            if cid != flow.cid:
+                flow.cid = cid
+                self._nat.remember(flow)
+            if verdict is Verdict.CID:
+                flow.shortcut = cid
+                flow.config_id = config_id
+        return flow, config_id if verdict is Verdict.CID else OTHER
+
+    # From backends.
+
+    def _on_backends(self, upstream: Upstream) -> None:
+        """Drain a port towards backends; runs as in `_on_clients`."""
+        now = self._now()
+        buffers, views = self._buffers, self._views
+        flows = upstream.flows
+        receive = upstream.recvmsg_into
+        run: list[memoryview] = []
+        run_flow: Flow | None = None
+        run_segment = run_tos = run_octets = run_count = 0
+        run_open = False
+        said: Control | None = None
+        segment = tos = 0
+
+        for index in range(BATCH):
+            try:
+                size, control, _, peer = receive((buffers[index],), CONTROL_SPACE)
+            except BlockingIOError:
+                if index == 0:
+                    self._on_errors(upstream)
+                break
+            except OSError:
+                self._on_errors(upstream)
+                continue
+            if control != said:
+                segment, tos, _ = read_control(control)
+                said = control
+            flow = flows.get(peer)
+            if flow is None:
+                self._counters.failures[Drop.NO_FLOW] += -(-size // segment) if segment else 1
+                continue
+            step = segment or size
+            count = -(-size // step) if step else 1
+            if (
+                run_open
+                and flow is run_flow
+                and tos == run_tos
+                and (step == run_segment or (count == 1 and size <= run_segment))
+                and run_octets + size <= MAX_TRAIN_OCTETS
+                and run_count + count <= MAX_TRAIN_SEGMENTS
+            ):
+                run.append(views[index][:size])
+                run_octets += size
+                run_count += count
+            else:
+                if run_flow is not None:
+                    self._send_down(run_flow, run, run_count, run_octets, run_segment, run_tos)
+                run = [views[index][:size]]
+                run_flow, run_segment, run_tos, run_octets, run_count = flow, step, tos, size, count
+                flow.seen = now
+                if not flow.established and flow.short_header_seen:
+                    self._nat.flows.establish(flow)
+                    self._nat.remember(flow)
+            run_open = size == count * run_segment
+
+        if run_flow is not None:
+            self._send_down(run_flow, run, run_count, run_octets, run_segment, run_tos)
+
+    def _send_down(self, flow: Flow, run: list[memoryview], count: int, octets: int, segment: int, tos: int) -> None:
+        counters = flow.member.counters
+        counters.datagrams_from += count
+        counters.octets_from += octets
+        drop = flow.listener.port.send(run, segment if count > 1 else 0, tos, flow.client, flow.control)
+        if drop is not None:
+            self._counters.failures[drop] += count
+
+    def _on_errors(self, upstream: Upstream) -> None:
+        """ICMP has come back for something that was sent. It decides nothing, but it is worth a look."""
+        for address in read_errors(upstream):
+            flow = upstream.flows.get(address)
+            if flow is not None:
+                flow.member.counters.unreachable += 1
+                self._suspect(flow.member.service, flow.member.name)
+
+    # Services and sockets.
+
+    async def _restore(self) -> None:
+        """Carry on the flows of a process that died. Its last worker may take a moment to let go of a port."""
+        give_up = self._now() + RESTORE_PATIENCE
+        while not self._nat.reopen_ports(final=self._now() >= give_up):  # noqa: ASYNC110 - nobody would set an event
+            await asyncio.sleep(0.01)
+        self._nat.restore(self._listeners, self._now())
+
+    def _apply_to_service(self, table: RoutingTable) -> list[Member]:
+        """Swap one service's table. Returns the members that are no more."""
+        name = table.service.name
+        policy = self._policies[name]
+        service = self._services.get(name)
+        if service is None:
+            service = self._services[name] = RunningService(table, policy, self._random)
+        before = service.router.table
+        service.router.table = table
+        if policy is not service.policy:
+            service.policy = policy
+            service.router.set_limits(policy.router)
+        known = {(member.name, member.address): member for member in service.members}
+        service.members = [
+            known.pop(who) if (who := (b.name, b.address)) in known else Member(name, *who, service.by_config)
+            for b in table.backends
+        ]
+        newly_dead = table.dead - (before.dead if before is not table else frozenset())
+        if newly_dead and policy.push_rate:
+            self._bid_farewell(name, newly_dead)
+        return list(known.values())
+
+    def _open_listener(self, listener: Listener) -> None:
+        self._listeners[listener.address] = listener
+        self._watch(listener.port, lambda: self._on_clients(listener))
+
+    def _close_listener(self, listener: Listener) -> None:
+        for flow in [flow for flow in self._nat.flows if flow.listener is listener]:
+            self._nat.end(flow, self._now())
+        self._unwatch(listener.port)
+        listener.port.close()
+        del self._listeners[listener.address]
+
+    def _on_new_upstream(self, upstream: Upstream) -> None:
+        self._watch(upstream, lambda: self._on_backends(upstream))
+
+    def _watch(self, port: Port, readable: Callable[[], None]) -> None:
+        assert self._epoll is not None  # noqa: S101 - made in start(), before anything is opened
+        self._readable[port.sock.fileno()] = readable
+        self._epoll.register(port.sock.fileno(), select.EPOLLIN)
+
+    def _unwatch(self, port: Port) -> None:
+        assert self._epoll is not None  # noqa: S101
+        self._epoll.unregister(port.sock.fileno())
+        del self._readable[port.sock.fileno()]
+
+    # Time.
+
+    def _now(self) -> float:
+        assert self._loop is not None  # noqa: S101 - set in start()
+        return self._loop.time()
+
+    def _later(self, delay: float, call: Callable[[], None]) -> None:
+        assert self._loop is not None  # noqa: S101
+
+        def run() -> None:
+            self._timers.discard(timer)
+            call()
+
+        timer = self._loop.call_later(delay, run)
+        self._timers.add(timer)
+
+    def _tick(self) -> None:
+        now = self._now()
+        for flow in self._nat.flows.expired(now, SWEEP, self._limits.idle_timeout, self._limits.new_flow_timeout):
+            self._counters.flows_expired += 1
+            self._nat.end(flow, self._now())
+        for service in self._services.values():
+            service.router.sweep(now, SWEEP // 16)
+            if not service.policy.silence:
+                continue
+            for member in service.members:
+                sent, heard = member.counters.datagrams_to, member.counters.datagrams_from
+                if member.silent.suspicious(sent, heard, now, service.policy.silence, SILENT_DATAGRAMS):
+                    self._suspect(member.service, member.name)
+        self._later(TICK, self._tick)
+
+    # Pushed resets.
+
+    def _bid_farewell(self, service: str, dead: Iterable[str]) -> None:
+        """Queue a reset for every client of servers that are dead.
+
+        A client that only receives sends nothing once its server is silent: nobody but us can tell it.
+        """
+        names = frozenset(dead)
+        for flow in self._nat.flows:
+            if flow.cid is not None and flow.member.service == service and flow.member.name in names:
+                self._farewells.append(flow)
+        if self._farewells and not self._pushing:
+            self._pushing = True
+            self._push()
+
+    def _push(self) -> None:
+        """Send a burst of resets, and the next one a little later."""
+        left = 1.0  # of this burst, shared by services with different rates
+        while self._farewells and left > 0:
+            flow = self._farewells.popleft()
+            service = flow.listener.service
+            left -= 1 / max(1.0, service.policy.push_rate * PUSH_INTERVAL)
+            # It may have ended meanwhile, or its server risen.
+            reset = service.router.farewell(flow.cid) if flow.number != ENDED and flow.cid is not None else None
+            if reset is None:
+                continue
+            drop = flow.listener.port.send([reset], 0, 0, flow.client, flow.control)
+            if drop is None:
+                service.counters.resets_pushed += 1
+            else:
+                self._counters.failures[drop] += 1
+            self._nat.end(flow, self._now())
+        self._pushing = bool(self._farewells)
+        if self._pushing:
+            self._later(PUSH_INTERVAL, self._push)

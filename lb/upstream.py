@@ -1,0 +1,241 @@
+"""Flows of the socket engine: the listeners they come in by, the members they go to, the ports in between.
+
+A flow is a client's 4-tuple and a backend: one client socket may carry connections to several backends. It is
+known upstream by a local port and the backend's address, so that one port serves one flow of every backend.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lb.address import Address
+from lb.engine import BackendCounters, ServiceCounters
+from lb.router import Router, RouterLimits
+from lb.routing import RoutingTable
+from lb.sockets import Port
+
+# Longer than any datagram, so that no datagram can begin with it.
+NO_SHORTCUT = bytes(65536)
+PORT_REST = 2.0  # seconds before a port that a flow gave up serves another: late replies would reach the wrong client
+ENDED = -1  # the number of a flow that is no more
+OTHER = 7  # index of datagrams that no config ID routed
+SAMPLE = 32  # flows looked at to find an old one
+
+
+class ServicePolicy:
+    """What an engine must know about a service beyond its table. `silence` 0 means not to listen for it."""
+
+    __slots__ = ("push_rate", "router", "silence")
+
+    def __init__(self, *, router: RouterLimits, push_rate: float, silence: float) -> None:
+        self.router = router
+        self.push_rate = push_rate  # pushed resets per second; 0 for none
+        self.silence = silence
+
+
+class RunningService:
+    """A service as it runs: its router, its backends, what was counted."""
+
+    __slots__ = ("by_config", "by_config_down", "counters", "members", "policy", "router")
+
+    def __init__(self, table: RoutingTable, policy: ServicePolicy, random: Callable[[int], bytes]) -> None:
+        self.policy = policy
+        self.router = Router(table, random=random, limits=policy.router)
+        self.counters = ServiceCounters()
+        self.by_config = [0] * (OTHER + 1)  # of the verdict CID
+        self.by_config_down = [0] * OTHER  # of the verdict CID_DOWN
+        self.members: list[Member] = []  # in the order of the table's backends
+
+
+class Listener:
+    """One address that clients send to, and the flows that came in through it."""
+
+    __slots__ = ("address", "flows", "port", "service", "wildcard")
+
+    def __init__(self, address: Address, port: Port, service: RunningService) -> None:
+        self.address = address
+        self.port = port
+        self.service = service
+        self.wildcard = address.is_wildcard
+        # The flow that a client used last; its others hang on `sibling`. Wildcards have (client, local address) as key.
+        self.flows: dict[Any, Flow] = {}
+
+
+class Member:
+    """One backend of a service, as the engine knows it."""
+
+    __slots__ = ("address", "by_config", "counters", "free", "name", "next_port", "service", "silent", "sockaddr")
+
+    def __init__(self, service: str, name: str, address: Address, by_config: list[int]) -> None:
+        self.service = service
+        self.name = name
+        self.address = address
+        self.sockaddr: Any = (address.host, address.port, 0, 0) if address.is_ipv6 else tuple(address)
+        self.counters = BackendCounters()
+        self.by_config = by_config  # the service's datagrams with the verdict CID, by config ID; others at OTHER
+        self.next_port = 0  # of the pool, the first port that never served this backend
+        self.free: deque[tuple[float, Upstream]] = deque()  # ports given back, and when
+        self.silent = SilenceWatch()
+
+
+class SilenceWatch:
+    """Notices a backend that is sent traffic and answers nothing."""
+
+    __slots__ = ("heard", "sent", "since")
+
+    def __init__(self) -> None:
+        self.since = 0.0
+        self.sent = 0
+        self.heard = -1
+
+    def suspicious(self, sent: int, heard: int, now: float, patience: float, at_least: int) -> bool:
+        """Whether at least so many datagrams went unanswered over `patience` seconds; asks again after as long."""
+        if heard != self.heard or sent == self.sent:
+            self.heard, self.sent, self.since = heard, sent, now
+            return False
+        if now - self.since < patience or sent - self.sent < at_least:
+            return False
+        self.sent, self.since = sent, now
+        return True
+
+
+class Upstream(Port):
+    """A port towards backends. `flows` tells replies apart by whom they are from."""
+
+    __slots__ = ("flows",)
+
+    def __init__(self, port: Port) -> None:
+        super().__init__(port.sock)
+        self.flows: dict[Any, Flow] = {}
+
+
+class Flow:
+    """A client's 4-tuple and its backend."""
+
+    __slots__ = (
+        "cid",
+        "client",
+        "config_id",
+        "control",
+        "established",
+        "listener",
+        "local",
+        "member",
+        "number",
+        "seen",
+        "short_header_seen",
+        "shortcut",
+        "sibling",
+        "upstream",
+    )
+
+    def __init__(
+        self, listener: Listener, client: Any, local: bytes | None, control: Any, member: Member, upstream: Upstream
+    ) -> None:
+        self.listener = listener
+        self.client = client  # socket address
+        self.local = local  # packed address that the client sent to, for wildcard listeners
+        self.control = control  # what makes replies leave from there
+        self.member = member
+        self.upstream = upstream
+        self.sibling: Flow | None = None  # the same client's flow to another backend
+        self.number = ENDED
+        self.seen = 0.0
+        self.cid: bytes | None = None  # the last routable CID that a short header carried
+        self.shortcut = NO_SHORTCUT  # equal to `cid` while the table that routed it is in force
+        self.config_id = 0
+        self.short_header_seen = False
+        self.established = False  # the backend answered after the client had sent a short header
+
+
+class Flows:
+    """Every flow by its number, 0 to capacity - 1, and the order in which they may be given up."""
+
+    def __init__(self, capacity: int) -> None:
+        self._slots: list[Flow | None] = []
+        self._capacity = capacity
+        self._free: deque[int] = deque()
+        self._young: dict[Flow, None] = {}  # not established yet, oldest first
+        self._hand = 0
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Flow]:
+        return (flow for flow in self._slots if flow is not None)
+
+    @property
+    def is_full(self) -> bool:
+        return self.count >= self._capacity
+
+    def add(self, flow: Flow) -> None:
+        """Give a flow a number and its place in the order."""
+        if self._free:
+            flow.number = self._free.popleft()
+            self._slots[flow.number] = flow
+        else:
+            flow.number = len(self._slots)
+            self._slots.append(flow)
+        self.count += 1
+        if not flow.established:
+            self._young[flow] = None
+
+    def remove(self, flow: Flow) -> None:
+        self._slots[flow.number] = None
+        self._free.append(flow.number)
+        flow.number = ENDED
+        self._young.pop(flow, None)
+        self.count -= 1
+
+    def establish(self, flow: Flow) -> None:
+        flow.established = True
+        self._young.pop(flow, None)
+
+    def expired(self, now: float, steps: int, idle: float, young: float) -> list[Flow]:
+        """Of the next `steps` flows those idle for over `idle` seconds, or `young` if not established."""
+        found = []
+        for _ in range(min(steps, len(self._slots))):
+            if self._hand >= len(self._slots):
+                self._hand = 0
+            flow = self._slots[self._hand]
+            self._hand += 1
+            if flow is not None and now - flow.seen > (idle if flow.established else young):
+                found.append(flow)
+        return found
+
+    def victim(self) -> Flow | None:
+        """A flow to give up: the oldest that is not established, else the most idle of a sample."""
+        young = next(iter(self._young), None)
+        if young is not None:
+            return young
+        sample = []
+        for _ in range(len(self._slots)):
+            if self._hand >= len(self._slots):
+                self._hand = 0
+            flow = self._slots[self._hand]
+            self._hand += 1
+            if flow is not None:
+                sample.append(flow)
+                if len(sample) >= SAMPLE:
+                    break
+        return min(sample, key=_seen, default=None)
+
+
+def most_idle(member: Member, upstreams: Sequence[Upstream], start: int) -> Flow | None:
+    """A flow of one backend to give up, so that another may have its port: young ones first, from a sample."""
+    sample = []
+    for offset in range(len(upstreams)):
+        flow = upstreams[(start + offset) % len(upstreams)].flows.get(member.sockaddr)
+        if flow is not None:
+            sample.append(flow)
+            if len(sample) >= SAMPLE:
+                break
+    return min(sample, key=_established_and_seen, default=None)
+
+
+def _seen(flow: Flow) -> float:
+    return flow.seen
+
+
+def _established_and_seen(flow: Flow) -> tuple[bool, float]:
+    return flow.established, flow.seen

@@ -1,0 +1,139 @@
+"""Which module of lb/ may import what: read from the source, so that a new import has to be argued for here."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LB = ROOT / "lb"
+
+# Bottom up. A module imports from lower layers only, never from its own.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors", "address", "log"),
+    ("cid",),
+    ("packet",),
+    ("reset",),
+    ("generator",),
+    ("routing",),
+    ("limiter",),
+    ("flows",),
+    ("router",),
+    ("document",),
+    ("keyfile", "schema"),
+    ("kinds",),
+    ("keys",),
+    ("checks",),
+    ("config", "server_config"),
+    ("engine", "healthcheck"),
+    ("sockets", "returnpath", "highwater", "httpserver"),
+    ("upstream",),
+    ("nat",),
+    ("udp", "health", "metrics"),
+    ("workers",),
+    ("control", "cid_tool", "describe", "keygen"),
+    ("cli",),
+    ("__main__",),
+)
+EXCEPTIONS = {
+    ("schema", "config"),  # only as a program: `python -m lb.schema` prints what config.py's tables say
+}
+SANS_IO = {
+    "errors",
+    "address",
+    "cid",
+    "packet",
+    "reset",
+    "generator",
+    "routing",
+    "limiter",
+    "flows",
+    "router",
+    "healthcheck",
+}
+IO = {"asyncio", "socket", "time", "random", "secrets", "logging", "os", "ctypes"}
+# Third parties stay fenced.
+FENCED = {
+    "cryptography": {"cid", "reset"},
+    "yaml": {"document"},
+    "uvloop": {"control", "workers"},
+    "prometheus_client": {"metrics"},
+}
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+
+
+def imports(source: str) -> Iterator[str]:
+    """Dotted names of all that a module imports, wherever in it; `from lb import cid` counts as `lb.cid`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports hide the layer"
+            if node.module == "lb":
+                yield from (f"lb.{alias.name}" for alias in node.names)
+            else:
+                yield node.module or ""
+
+
+def found(module: str) -> list[str]:
+    return sorted(set(imports((LB / f"{module}.py").read_text())))
+
+
+MODULES = sorted(str(path.relative_to(LB).with_suffix("")) for path in LB.rglob("*.py"))
+NAMED = [module for module in MODULES if module != "__init__"]
+
+
+def test_every_module_has_a_place() -> None:
+    assert [module for module in NAMED if module not in LEVEL] == []
+
+
+@pytest.mark.parametrize("module", [module for module in NAMED if module in LEVEL])
+def test_a_module_imports_only_from_below(module: str) -> None:
+    ours = [name.split(".")[1] for name in found(module) if name.startswith("lb.")]
+    allowed = {below for below in LEVEL if LEVEL[below] < LEVEL[module]}
+    allowed |= {name for importer, name in EXCEPTIONS if importer == module}
+    wrong = [name for name in ours if name not in allowed]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_imports_the_backend(module: str) -> None:
+    assert [name for name in found(module) if name.split(".")[0] in ("backend", "tests", "bench")] == []
+
+
+@pytest.mark.parametrize("module", sorted(SANS_IO))
+def test_the_core_has_no_socket_clock_log_or_randomness(module: str) -> None:
+    assert [name for name in found(module) if name.split(".")[0] in IO] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_third_parties_stay_fenced(module: str) -> None:
+    outside = [name for name in found(module) if module not in FENCED.get(name.split(".")[0], {module})]
+    assert outside == []
+
+
+def test_lb_imports_nothing_at_its_own_import() -> None:
+    assert found("__init__") in ([], ["__future__"])
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import os", ["os"]),
+        ("import os.path as p, sys", ["os.path", "sys"]),
+        ("from lb import cid, packet", ["lb.cid", "lb.packet"]),
+        ("from lb.cid import Codec", ["lb.cid"]),
+        ("def f():\n    if x:\n        import socket", ["socket"]),
+        ("'import os'", []),
+    ],
+)
+def test_no_import_is_overlooked(source: str, names: list[str]) -> None:
+    assert list(imports(source)) == names
+
+
+def test_a_layer_names_a_module_once() -> None:
+    assert len(LEVEL) == sum(len(modules) for modules in LAYERS)
+    assert LEVEL.keys() >= SANS_IO
