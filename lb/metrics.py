@@ -1,0 +1,282 @@
+"""Metrics: what the engine, the health checks and the control loop count, as Prometheus sees it.
+
+Everything is collected at the scrape. Label values are names from the configuration and from our enums, never from
+the network, so that nobody outside can make the number of time series grow.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from logging import ERROR, getLogger
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from lb.address import Address
+from lb.cid import CONFIG_IDS
+from lb.engine import Counters, ServiceCounters
+from lb.healthcheck import HealthSnapshot
+from lb.httpserver import HttpServer, Request, Response
+from lb.log import event
+from lb.router import Verdict
+from lb.routing import RoutingTable, Unroutable
+
+logger = getLogger(__name__)
+
+STATES = ("active", "draining", "down", "dead")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything there is to report at one moment. `tables` are those that the engine obeys, by service.
+
+    Times are seconds since 1970; `reloads` counts by result, `ok` or `refused`.
+    """
+
+    counters: Counters
+    health: HealthSnapshot
+    tables: Mapping[str, RoutingTable]
+    engine: str
+    workers: int
+    started_at: float
+    reloads: Mapping[str, int]
+    reloaded_at: float
+
+
+class BalancerCollector(Collector):
+    """Turns a snapshot into metrics. `snapshot` is called for every scrape; what it raises, `collect` raises."""
+
+    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterable[Metric]:
+        now = self._snapshot()
+        yield from _services(now.counters.services)
+        yield from _backends(now)
+        yield from _states(now.tables)
+        yield from _probes(now.health)
+        yield from _engine(now.counters)
+        yield from _process(now)
+
+
+def _services(services: Mapping[str, ServiceCounters]) -> Iterator[Metric]:
+    datagrams = CounterMetricFamily(
+        "quiclb_datagrams", "Datagrams from clients, by what became of them.", labels=["service", "verdict"]
+    )
+    unroutable = CounterMetricFamily(
+        "quiclb_unroutable_datagrams",
+        "Datagrams whose connection ID did not say where to go, by the reason.",
+        labels=["service", "reason"],
+    )
+    config_ids = CounterMetricFamily(
+        "quiclb_config_id_datagrams",
+        "Datagrams routed by their connection ID, by its config ID.",
+        labels=["service", "config_id"],
+    )
+    moves = CounterMetricFamily(
+        "quiclb_moves",
+        "Flows that began in the middle of a connection: clients that moved, or came from another balancer.",
+        labels=["service"],
+    )
+    rescued = CounterMetricFamily(
+        "quiclb_rescued", "Connections that a 4-tuple balancer would have broken.", labels=["service"]
+    )
+    resets = CounterMetricFamily(
+        "quiclb_resets", "Stateless resets sent on behalf of dead backends.", labels=["service", "kind"]
+    )
+    for name, counted in services.items():
+        for verdict in Verdict:
+            datagrams.add_metric([name, verdict.name.lower()], counted.verdicts[verdict])
+        for reason in Unroutable:
+            unroutable.add_metric([name, reason.name.lower()], counted.unroutable[reason])
+        for config_id in CONFIG_IDS:
+            config_ids.add_metric([name, str(config_id)], counted.config_ids[config_id])
+        moves.add_metric([name], counted.moves)
+        rescued.add_metric([name], counted.rescued)
+        resets.add_metric([name, "answered"], counted.verdicts[Verdict.RESET])
+        resets.add_metric([name, "pushed"], counted.resets_pushed)
+    yield from (datagrams, unroutable, config_ids, moves, rescued, resets)
+
+
+def _backends(now: Snapshot) -> Iterator[Metric]:
+    labels = ["service", "backend"]
+    datagrams = CounterMetricFamily(
+        "quiclb_backend_datagrams",
+        "Datagrams forwarded to a backend and from it.",
+        labels=[*labels, "direction"],
+    )
+    octets = CounterMetricFamily(
+        "quiclb_backend_bytes",
+        "Octets of UDP payload forwarded to a backend and from it.",
+        labels=[*labels, "direction"],
+    )
+    flows = GaugeMetricFamily("quiclb_backend_flows", "Flows to a backend that are known now.", labels=labels)
+    unreachable = CounterMetricFamily(
+        "quiclb_backend_unreachable",
+        "ICMP errors in answer to datagrams forwarded to a backend.",
+        labels=labels,
+    )
+    for service, counted in now.counters.services.items():
+        for backend, sums in counted.backends.items():
+            datagrams.add_metric([service, backend, "to"], sums.datagrams_to)
+            datagrams.add_metric([service, backend, "from"], sums.datagrams_from)
+            octets.add_metric([service, backend, "to"], sums.octets_to)
+            octets.add_metric([service, backend, "from"], sums.octets_from)
+            flows.add_metric([service, backend], sums.flows)
+            unreachable.add_metric([service, backend], sums.unreachable)
+    yield from (datagrams, octets, flows, unreachable)
+
+
+def _states(tables: Mapping[str, RoutingTable]) -> Iterator[Metric]:
+    state = GaugeMetricFamily(
+        "quiclb_backend_state",
+        "1 for the state that a backend is in, 0 for the others.",
+        labels=["service", "backend", "state"],
+    )
+    fail_open = GaugeMetricFamily(
+        "quiclb_fail_open",
+        "1 while every backend of a service fails its health checks and is used all the same.",
+        labels=["service"],
+    )
+    for service, table in tables.items():
+        fail_open.add_metric([service], table.fail_open)
+        for backend, routed in zip(table.backends, table.states, strict=True):
+            current = "dead" if backend.name in table.dead else routed.name.lower()
+            for name in STATES:
+                state.add_metric([service, backend.name, name], name == current)
+    yield from (state, fail_open)
+
+
+def _probes(health: HealthSnapshot) -> Iterator[Metric]:
+    labels = ["service", "backend"]
+    probes = CounterMetricFamily("quiclb_probes", "Health probes, by what became of them.", labels=[*labels, "result"])
+    ignored = CounterMetricFamily(
+        "quiclb_probe_ignored_datagrams",
+        "Datagrams from a backend's address that answer no probe.",
+        labels=labels,
+    )
+    round_trip = GaugeMetricFamily(
+        "quiclb_probe_round_trip_seconds",
+        "Time from the latest answered probe to its answer.",
+        labels=labels,
+    )
+    changes = CounterMetricFamily(
+        "quiclb_backend_state_changes",
+        "How often health checks took a backend from active to down or back.",
+        labels=labels,
+    )
+    for service, backends in health.items():
+        for backend, known in backends.items():
+            for result, count in known.results.items():
+                probes.add_metric([service, backend, result], count)
+            ignored.add_metric([service, backend], known.ignored)
+            changes.add_metric([service, backend], known.changes)
+            if known.round_trip is not None:
+                round_trip.add_metric([service, backend], known.round_trip)
+    yield from (probes, ignored, round_trip, changes)
+
+
+def _engine(counters: Counters) -> Iterator[Metric]:
+    for name, help_text, value in (
+        ("quiclb_flows", "Flows that are known now.", counters.flows),
+        ("quiclb_flows_limit", "The most flows that will be known at a time.", counters.flow_limit),
+        ("quiclb_sockets", "Sockets towards backends that are open now.", counters.sockets),
+        (
+            "quiclb_sockets_limit",
+            "The most sockets towards backends that will be open at a time.",
+            counters.socket_limit,
+        ),
+    ):
+        yield GaugeMetricFamily(name, help_text, value=value)
+    for name, help_text, value in (
+        (
+            "quiclb_flows_evicted",
+            "Flows given up because a limit was reached, the oldest idle ones first.",
+            counters.flows_evicted,
+        ),
+        (
+            "quiclb_flows_expired",
+            "Flows forgotten because nothing came for the idle timeout.",
+            counters.flows_expired,
+        ),
+        ("quiclb_flows_restored", "Flows taken over from a process that died.", counters.flows_restored),
+    ):
+        yield CounterMetricFamily(name, help_text, value=value)
+    failures = CounterMetricFamily(
+        "quiclb_send_failures", "Datagrams that could not be sent on, by the reason.", labels=["reason"]
+    )
+    for reason, count in counters.failures.items():
+        failures.add_metric([reason], count)
+    yield failures
+
+
+def _process(now: Snapshot) -> Iterator[Metric]:
+    reloads = CounterMetricFamily("quiclb_reloads", "Reloads of the configuration.", labels=["result"])
+    for result, count in now.reloads.items():
+        reloads.add_metric([result], count)
+    yield reloads
+    yield GaugeMetricFamily(
+        "quiclb_config_last_reload_success_timestamp_seconds",
+        "When the configuration in force was read.",
+        value=now.reloaded_at,
+    )
+    yield GaugeMetricFamily("quiclb_start_time_seconds", "When the balancer was started.", value=now.started_at)
+    yield GaugeMetricFamily("quiclb_workers", "Workers that move datagrams.", value=now.workers)
+    build = GaugeMetricFamily("quiclb_build_info", "What is running; always 1.", labels=["version", "python", "engine"])
+    build.add_metric([_version(), platform.python_version(), now.engine], 1)
+    yield build
+
+
+def _version() -> str:
+    try:
+        return version("quiclb")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "unknown"
+
+
+class MetricsServer:
+    """Serves `/metrics` over HTTP, from threads of its own: a slow scrape holds up no datagram."""
+
+    def __init__(self, address: Address, snapshot: Callable[[], Snapshot]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(BalancerCollector(snapshot))
+        ProcessCollector(registry=self._registry)
+        self._server = HttpServer(address, self._respond)
+        self._trouble = ""  # that was logged, until a scrape succeeds
+
+    @property
+    def address(self) -> Address:
+        """Where it listens; with the port that was found, once started, if 0 was asked for."""
+        return self._server.address
+
+    def start(self) -> None:
+        """Raises OSError, naming the address, if it cannot be listened on."""
+        self._server.start()
+
+    def stop(self) -> None:
+        """Stop listening and cut off whoever is connected. Harmless if not started."""
+        self._server.stop()
+
+    def _respond(self, request: Request) -> Response:
+        if request.path != "/metrics":
+            return Response(200 if request.path == "/" else 404, b"quiclb: see /metrics\n")
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        try:
+            body = encode(self._registry)
+        except Exception as error:  # a scrape that fails must not end the server
+            self._log_trouble(error)
+            late = isinstance(error, TimeoutError)
+            return Response(503, b"the engine did not answer in time\n" if late else b"see the log\n")
+        self._trouble = ""
+        return Response(200, body, content_type)
+
+    def _log_trouble(self, error: Exception) -> None:
+        trouble = f"{type(error).__name__}: {error}"
+        if trouble != self._trouble:
+            self._trouble = trouble
+            event(logger, ERROR, "metrics-error", error=trouble)
