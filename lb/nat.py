@@ -84,13 +84,13 @@ class Nat:
         flow.sibling = flow.listener.flows.get(key)
         flow.listener.flows[key] = flow
         flow.upstream.flows[flow.member.sockaddr] = flow
-        flow.member.counters.flows += 1
+        flow.member.flows += 1
         self.flows.add(flow)
 
     def end(self, flow: Flow, now: float) -> None:
         unlink(flow, flow.client if flow.local is None else (flow.client, flow.local))
         del flow.upstream.flows[flow.member.sockaddr]
-        flow.member.counters.flows -= 1
+        flow.member.flows -= 1
         flow.member.free.append((now, flow.upstream))
         if self._return_paths is not None:
             self._return_paths.clear(flow.number)

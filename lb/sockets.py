@@ -83,13 +83,13 @@ class Port:
             else:
                 self.sendto(views[0], to)
         except OSError as error:
-            return self._second_try(error, views, segment, tos, to, control)
+            return self.after(error, views, segment, tos, to, control)
         return None
 
     def close(self) -> None:
         self.sock.close()
 
-    def _second_try(
+    def after(
         self,
         error: OSError,
         views: Sequence[memoryview | bytes],
@@ -98,6 +98,7 @@ class Port:
         to: Any,
         control: Control,
     ) -> str | None:
+        """What became of octets whose sending failed with `error`, and of another try where one makes sense."""
         if error.errno in _CONGESTED:
             return Drop.BUFFER_FULL
         if segment and error.errno in _NO_TRAINS:

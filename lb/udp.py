@@ -15,7 +15,8 @@ import logging
 import os
 import select
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 from lb.address import Address
@@ -142,10 +143,7 @@ class UdpEngine:
         counters.sockets = self._nat.sockets + len(self._listeners)
         counters.services = {}
         for name, service in self._services.items():
-            counted = counters.services[name] = service.counters
-            counted.verdicts[Verdict.CID] = sum(service.by_config[:OTHER])
-            counted.config_ids = [a + b for a, b in zip(service.by_config[:OTHER], service.by_config_down, strict=True)]
-            counted.backends = {member.name: member.counters for member in service.members}
+            counters.services[name] = service.counted()
         return counters
 
     async def stop(self) -> None:
@@ -171,24 +169,23 @@ class UdpEngine:
     def _on_clients(self, listener: Listener) -> None:
         """Drain a listening socket.
 
-        Datagrams are gathered into a run while they are of one flow, size and traffic class, and sent when the next
-        one is not. Every receive of a turn has a buffer of its own, so that a run is views into them.
+        Datagrams that take the shortcut are gathered into a run while they are of one flow, size and traffic class,
+        and sent when the next one is not. Every receive of a turn has a buffer of its own, so that a run is views
+        into them. Written out flat: at this rate a call costs as much as a look at a CID.
         """
         now = self._now()
         buffers, views = self._buffers, self._views
         flows = listener.flows
         receive = listener.port.recvmsg_into
-        run: list[memoryview] = []
-        run_flow: Flow | None = None
-        run_config = run_segment = run_tos = run_octets = run_count = 0
-        run_open = False
-
         said: Control | None = None  # the control messages that were read last: mostly they are the same again
         segment = tos = 0
         local: bytes | None = None
+        run: list[memoryview] = []
+        run_flow: Flow | None = None
+        run_segment = run_tos = run_octets = run_count = 0
+        run_open = False
 
-        for index in range(BATCH):
-            buffer = buffers[index]
+        for buffer, view in zip(buffers, views, strict=True):
             try:
                 size, control, _, client = receive((buffer,), CONTROL_SPACE)
             except BlockingIOError:
@@ -198,105 +195,101 @@ class UdpEngine:
             if control != said:
                 segment, tos, local = read_control(control)
                 said = control
-            key = client if local is None else (client, local)
-            flow = flows.get(key)
-            pieces: Iterable[tuple[Flow, int, int, int, int]]
-            if segment:
-                pieces = self._split(listener, key, client, local, index, size, segment, now)
-            elif (
-                # The shortcut: a short header with the very CID that the flow carried last.
-                flow is not None
-                and size > len(flow.shortcut)
-                and buffer[0] < LONG_HEADER
-                and buffer.startswith(flow.shortcut, 1)
-            ):
-                pieces = ((flow, flow.config_id, 0, size, 1),)
-            else:
-                flow, config = self._admit(listener, key, client, local, flow, bytes(views[index][:size]), now)
-                pieces = ((flow, config, 0, size, 1),) if flow is not None else ()
+            flow = flows.get(client if local is None else (client, local))
 
-            step = segment or size
-            for flow, config, start, stop, count in pieces:
-                octets = stop - start
-                if (
-                    flow is run_flow
-                    and run_open
-                    and config == run_config
-                    and tos == run_tos
-                    and (step == run_segment or (count == 1 and octets <= run_segment))
-                    and run_octets + octets <= MAX_TRAIN_OCTETS
-                    and run_count + count <= MAX_TRAIN_SEGMENTS
-                ):
-                    run.append(views[index][start:stop])
-                    run_octets += octets
-                    run_count += count
-                else:
-                    if run_flow is not None:
-                        self._send_up(run_flow, run, run_count, run_octets, run_segment, run_tos, run_config)
-                    run = [views[index][start:stop]]
-                    run_flow, run_config, run_segment, run_tos = flow, config, step, tos
-                    run_octets, run_count = octets, count
-                    flow.seen = now
-                # Only the last datagram of a train may be shorter than the others.
-                run_open = octets == count * run_segment
+            # The shortcut: short headers with the very CID that the flow carried last.
+            if flow is None:
+                hit = False
+            elif segment:
+                hit = all_of(flow.shortcut, buffer, size, segment)
+                count, step = -(-size // segment), segment
+            else:
+                cid = flow.shortcut
+                hit = size > len(cid) and buffer[0] < LONG_HEADER and buffer.startswith(cid, 1)
+                count, step = 1, size
+            if not hit or flow is None:
+                if run_flow is not None:
+                    self._send_up(run_flow, run, run_count, run_segment, run_tos)
+                    run_flow = None
+                self._ask(listener, client, local, view[:size], segment, tos, now)
+                continue
+
+            member = flow.member
+            member.by_config[flow.config_id] += count
+            member.octets_to += size
+            if (
+                flow is run_flow
+                and run_open
+                and tos == run_tos
+                and (step == run_segment or (count == 1 and size <= run_segment))
+                and run_octets + size <= MAX_TRAIN_OCTETS
+                and run_count + count <= MAX_TRAIN_SEGMENTS
+            ):
+                run.append(view[:size])
+                run_octets += size
+                run_count += count
+            else:
+                if run_flow is not None:
+                    self._send_up(run_flow, run, run_count, run_segment, run_tos)
+                run = [view[:size]]
+                run_flow, run_segment, run_tos, run_octets, run_count = flow, step, tos, size, count
+                flow.seen = now
+            # Only the last datagram of a train may be shorter than the others.
+            run_open = size == count * run_segment
 
         if run_flow is not None:
-            self._send_up(run_flow, run, run_count, run_octets, run_segment, run_tos, run_config)
+            self._send_up(run_flow, run, run_count, run_segment, run_tos)
 
-    def _split(
+    def _send_up(self, flow: Flow, run: list[memoryview], count: int, segment: int, tos: int) -> None:
+        upstream = flow.upstream
+        if count == 1 and tos == upstream.tos:
+            try:
+                upstream.sendto(run[0], flow.member.sockaddr)
+            except OSError as error:
+                drop = upstream.after(error, run, 0, tos, flow.member.sockaddr, NO_CONTROL)
+            else:
+                return
+        else:
+            drop = upstream.send(run, segment if count > 1 else 0, tos, flow.member.sockaddr, NO_CONTROL)
+        if drop is not None:
+            self._counters.failures[drop] += count
+
+    def _ask(
         self,
         listener: Listener,
-        key: Any,
         client: Any,
         local: bytes | None,
-        index: int,
-        size: int,
+        received: memoryview,
         segment: int,
+        tos: int,
         now: float,
-    ) -> Iterator[tuple[Flow, int, int, int, int]]:
-        """Cut a train where its flow changes: (flow, what to count it under, first octet, end, datagrams).
-
-        Every datagram's CID is looked at: a train is whatever arrived from one address in a row.
-        """
-        buffer, view = self._buffers[index], self._views[index]
+    ) -> None:
+        """Ask the router about every datagram of what was received; cut a train where its flow changes, and send."""
+        key = client if local is None else (client, local)
+        size = len(received)
+        segment = segment or size or 1
         start = 0
-        while start < size:
+        while True:
             stop = min(start + segment, size)
-            flow = listener.flows.get(key)
-            if (
-                flow is not None
-                and stop - start > len(flow.shortcut)
-                and buffer[start] < LONG_HEADER
-                and buffer.startswith(flow.shortcut, start + 1)
-            ):
-                config = flow.config_id
-            else:
-                flow, config = self._admit(listener, key, client, local, flow, bytes(view[start:stop]), now)
+            flow, config = self._admit(
+                listener, key, client, local, listener.flows.get(key), bytes(received[start:stop]), now
+            )
             count = 1
             if flow is not None:
+                # The datagram may have made the shortcut that the next ones of its train take.
                 cid = flow.shortcut
-                while (
-                    stop < size
-                    and min(segment, size - stop) > len(cid)
-                    and buffer[stop] < LONG_HEADER
-                    and buffer.startswith(cid, stop + 1)
+                while stop < size and all_of(
+                    cid, bytearray(received[stop : stop + segment]), min(segment, size - stop), segment
                 ):
                     stop = min(stop + segment, size)
                     count += 1
-                yield flow, config, start, stop, count
+                flow.seen = now
+                flow.member.by_config[config] += count
+                flow.member.octets_to += stop - start
+                self._send_up(flow, [received[start:stop]], count, segment, tos)
             start = stop
-
-    def _send_up(
-        self, flow: Flow, run: list[memoryview], count: int, octets: int, segment: int, tos: int, config: int
-    ) -> None:
-        member = flow.member
-        member.by_config[config] += count
-        counters = member.counters
-        counters.datagrams_to += count
-        counters.octets_to += octets
-        drop = flow.upstream.send(run, segment if count > 1 else 0, tos, member.sockaddr, NO_CONTROL)
-        if drop is not None:
-            self._counters.failures[drop] += count
+            if start >= size:
+                return
 
     def _admit(
         self,
@@ -338,7 +331,7 @@ class UdpEngine:
             if flow is None:
                 self._counters.failures[Drop.NO_SOCKET] += 1
                 if verdict is Verdict.CID and config_id is not None:
-                    service.by_config[config_id] += 1
+                    service.past[config_id] += 1
                 return None, OTHER
             if by_cid and is_short:
                 counters.moves += 1
@@ -377,9 +370,9 @@ class UdpEngine:
         said: Control | None = None
         segment = tos = 0
 
-        for index in range(BATCH):
+        for index, (buffer, view) in enumerate(zip(buffers, views, strict=True)):
             try:
-                size, control, _, peer = receive((buffers[index],), CONTROL_SPACE)
+                size, control, _, peer = receive((buffer,), CONTROL_SPACE)
             except BlockingIOError:
                 if index == 0:
                     self._on_errors(upstream)
@@ -390,41 +383,40 @@ class UdpEngine:
             if control != said:
                 segment, tos, _ = read_control(control)
                 said = control
+            step, count = (segment, -(-size // segment)) if segment else (size, 1)
             flow = flows.get(peer)
             if flow is None:
-                self._counters.failures[Drop.NO_FLOW] += -(-size // segment) if segment else 1
+                self._counters.failures[Drop.NO_FLOW] += count
                 continue
-            step = segment or size
-            count = -(-size // step) if step else 1
+            member = flow.member
+            member.datagrams_from += count
+            member.octets_from += size
             if (
-                run_open
-                and flow is run_flow
+                flow is run_flow
+                and run_open
                 and tos == run_tos
                 and (step == run_segment or (count == 1 and size <= run_segment))
                 and run_octets + size <= MAX_TRAIN_OCTETS
                 and run_count + count <= MAX_TRAIN_SEGMENTS
             ):
-                run.append(views[index][:size])
+                run.append(view[:size])
                 run_octets += size
                 run_count += count
             else:
                 if run_flow is not None:
-                    self._send_down(run_flow, run, run_count, run_octets, run_segment, run_tos)
-                run = [views[index][:size]]
+                    self._send_down(run_flow, run, run_count, run_segment, run_tos)
+                run = [view[:size]]
                 run_flow, run_segment, run_tos, run_octets, run_count = flow, step, tos, size, count
                 flow.seen = now
                 if not flow.established and flow.short_header_seen:
                     self._nat.flows.establish(flow)
                     self._nat.remember(flow)
-            run_open = size == count * run_segment
+            run_open = 0 < size == count * run_segment
 
         if run_flow is not None:
-            self._send_down(run_flow, run, run_count, run_octets, run_segment, run_tos)
+            self._send_down(run_flow, run, run_count, run_segment, run_tos)
 
-    def _send_down(self, flow: Flow, run: list[memoryview], count: int, octets: int, segment: int, tos: int) -> None:
-        counters = flow.member.counters
-        counters.datagrams_from += count
-        counters.octets_from += octets
+    def _send_down(self, flow: Flow, run: list[memoryview], count: int, segment: int, tos: int) -> None:
         drop = flow.listener.port.send(run, segment if count > 1 else 0, tos, flow.client, flow.control)
         if drop is not None:
             self._counters.failures[drop] += count
@@ -434,7 +426,7 @@ class UdpEngine:
         for address in read_errors(upstream):
             flow = upstream.flows.get(address)
             if flow is not None:
-                flow.member.counters.unreachable += 1
+                flow.member.unreachable += 1
                 self._suspect(flow.member.service, flow.member.name)
 
     # Services and sockets.
@@ -460,12 +452,13 @@ class UdpEngine:
             service.router.set_limits(policy.router)
         known = {(member.name, member.address): member for member in service.members}
         service.members = [
-            known.pop(who) if (who := (b.name, b.address)) in known else Member(name, *who, service.by_config)
-            for b in table.backends
+            known.pop(who) if (who := (b.name, b.address)) in known else Member(name, *who) for b in table.backends
         ]
         newly_dead = table.dead - (before.dead if before is not table else frozenset())
         if newly_dead and policy.push_rate:
             self._bid_farewell(name, newly_dead)
+        for member in known.values():
+            service.past = [a + b for a, b in zip(service.past, member.by_config, strict=True)]
         return list(known.values())
 
     def _open_listener(self, listener: Listener) -> None:
@@ -518,7 +511,7 @@ class UdpEngine:
             if not service.policy.silence:
                 continue
             for member in service.members:
-                sent, heard = member.counters.datagrams_to, member.counters.datagrams_from
+                sent, heard = sum(member.by_config), member.datagrams_from
                 if member.silent.suspicious(sent, heard, now, service.policy.silence, SILENT_DATAGRAMS):
                     self._suspect(member.service, member.name)
         self._later(TICK, self._tick)
@@ -558,3 +551,13 @@ class UdpEngine:
         self._pushing = bool(self._farewells)
         if self._pushing:
             self._later(PUSH_INTERVAL, self._push)
+
+
+def all_of(cid: bytes, buffer: bytearray, size: int, segment: int) -> bool:
+    """Whether every datagram of a train is a short header packet with this CID.
+
+    The train is the first `size` octets of `buffer`, cut every `segment` octets; what is behind them is stale.
+    """
+    if (size - 1) % segment < len(cid) or not buffer[:size:segment].isascii():  # no first octet has its high bit set
+        return False
+    return all(map(buffer.startswith, repeat(cid), range(1, size, segment)))

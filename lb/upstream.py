@@ -12,7 +12,7 @@ from typing import Any
 
 from lb.address import Address
 from lb.engine import BackendCounters, ServiceCounters
-from lb.router import Router, RouterLimits
+from lb.router import Router, RouterLimits, Verdict
 from lb.routing import RoutingTable
 from lb.sockets import Port
 
@@ -38,15 +38,24 @@ class ServicePolicy:
 class RunningService:
     """A service as it runs: its router, its backends, what was counted."""
 
-    __slots__ = ("by_config", "by_config_down", "counters", "members", "policy", "router")
+    __slots__ = ("by_config_down", "counters", "members", "past", "policy", "router")
 
     def __init__(self, table: RoutingTable, policy: ServicePolicy, random: Callable[[int], bytes]) -> None:
         self.policy = policy
         self.router = Router(table, random=random, limits=policy.router)
         self.counters = ServiceCounters()
-        self.by_config = [0] * (OTHER + 1)  # of the verdict CID
-        self.by_config_down = [0] * OTHER  # of the verdict CID_DOWN
+        self.by_config_down = [0] * OTHER  # datagrams with the verdict CID_DOWN
         self.members: list[Member] = []  # in the order of the table's backends
+        self.past = [0] * (OTHER + 1)  # `by_config` of members that are no more
+
+    def counted(self) -> ServiceCounters:
+        """What was counted so far, put together."""
+        by_config = [sum(column) for column in zip(self.past, *(m.by_config for m in self.members), strict=True)]
+        counters = self.counters
+        counters.verdicts[Verdict.CID] = sum(by_config[:OTHER])
+        counters.config_ids = [a + b for a, b in zip(by_config[:OTHER], self.by_config_down, strict=True)]
+        counters.backends = {member.name: member.counted() for member in self.members}
+        return counters
 
 
 class Listener:
@@ -66,18 +75,43 @@ class Listener:
 class Member:
     """One backend of a service, as the engine knows it."""
 
-    __slots__ = ("address", "by_config", "counters", "free", "name", "next_port", "service", "silent", "sockaddr")
+    __slots__ = (
+        "address",
+        "by_config",
+        "datagrams_from",
+        "flows",
+        "free",
+        "name",
+        "next_port",
+        "octets_from",
+        "octets_to",
+        "service",
+        "silent",
+        "sockaddr",
+        "unreachable",
+    )
 
-    def __init__(self, service: str, name: str, address: Address, by_config: list[int]) -> None:
+    def __init__(self, service: str, name: str, address: Address) -> None:
         self.service = service
         self.name = name
         self.address = address
         self.sockaddr: Any = (address.host, address.port, 0, 0) if address.is_ipv6 else tuple(address)
-        self.counters = BackendCounters()
-        self.by_config = by_config  # the service's datagrams with the verdict CID, by config ID; others at OTHER
+        self.by_config = [0] * (OTHER + 1)  # datagrams to it: with the verdict CID by config ID, all others at OTHER
+        self.octets_to = self.datagrams_from = self.octets_from = 0
+        self.flows = self.unreachable = 0
         self.next_port = 0  # of the pool, the first port that never served this backend
         self.free: deque[tuple[float, Upstream]] = deque()  # ports given back, and when
         self.silent = SilenceWatch()
+
+    def counted(self) -> BackendCounters:
+        return BackendCounters(
+            datagrams_to=sum(self.by_config),
+            octets_to=self.octets_to,
+            datagrams_from=self.datagrams_from,
+            octets_from=self.octets_from,
+            flows=self.flows,
+            unreachable=self.unreachable,
+        )
 
 
 class SilenceWatch:

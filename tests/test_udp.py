@@ -208,6 +208,22 @@ def test_stale_octets_in_a_buffer_are_not_part_of_a_short_datagram() -> None:
         assert fleet.counters().services["web"].unroutable[3] == 70
 
 
+def test_nothing_that_follows_an_established_flow_raises() -> None:
+    """Empty, tiny and greased datagrams, alone and in trains, from a client whose shortcut is set."""
+    with Fleet() as fleet, fleet.client() as client:
+        cid = fleet.cid(1)
+        fleet.round_trip(client, short(cid), 1)
+        for datagram in (b"", b"\x41", b"\x41" + cid, b"\xff", short(cid, 18)):
+            client.sendto(datagram, fleet.vip)
+        for size in (1, 2, 17, 18, 19):
+            train(client, [short(cid)[:size]] * 5 + [b"\x41"], size, fleet.vip)
+        client.sendto(short(cid), fleet.vip)
+        eventually(lambda: sum(fleet.verdicts().values()) == 37)
+
+        assert fleet.verdicts()[Verdict.CID] == 2 + 2 + 5 + 5
+        assert fleet.verdicts()[Verdict.EMPTY] == 1
+
+
 def test_a_dead_servers_client_is_answered_with_its_reset() -> None:
     with Fleet() as fleet, fleet.client() as client:
         fleet.apply(fleet.table(["b1"], b1=DOWN))

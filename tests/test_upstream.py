@@ -7,7 +7,7 @@ from typing import Any, cast
 from lb.address import Address
 from lb.upstream import Flow, Flows, Member, SilenceWatch, Upstream, most_idle
 
-MEMBER = Member("web", "b0", Address("192.0.2.1", 443), [0] * 8)
+MEMBER = Member("web", "b0", Address("192.0.2.1", 443))
 
 
 class FakeUpstream:

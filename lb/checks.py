@@ -1,0 +1,238 @@
+"""What the keys of a balancer's file must not say together, each mistake with both places named."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from lb.address import Address
+from lb.cid import KEY_LENGTH, CidConfig, ConfigId, ServerId
+from lb.keys import Limits, Probe, ServiceConfig, ServiceKeys, read_key_file
+from lb.kinds import Duration
+from lb.reset import RESET_KEY_LENGTH
+from lb.routing import Backend, CidSlot, Service
+from lb.schema import INVALID, Reading
+
+H = TypeVar("H")
+
+
+class Section:
+    """One of `services`, as it was read, and the key files it names."""
+
+    def __init__(self, keys: ServiceKeys, path: str, reading: Reading) -> None:
+        self.keys = keys
+        self.path = path
+        self.configs: dict[int, CidConfig] = {}  # by position; INVALID if mistaken
+        self.reset_keys: dict[int, bytes | None] = {}
+        for i, cid_keys in valid(keys.cid_configs):
+            where = f"{path}.cid-configs[{i}]"
+            self.configs[i] = cid_keys.cid_config(where, reading)
+            self.reset_keys[i] = read_key_file(
+                cid_keys.reset_key_file, RESET_KEY_LENGTH, f"{where}.reset-key-file", reading
+            )
+        self._check_cid_configs(reading)
+        self._check_backends(reading)
+        self._check_server_ids(reading)
+        self._check_times(reading)
+
+    def build(self) -> ServiceConfig:
+        """The service, once there are no mistakes."""
+        keys = self.keys
+        backends = tuple(
+            Backend(b.name, b.address, {c: frozenset(ids) for c, ids in b.server_ids.items()}, b.weight)
+            for b in keys.backends
+        )
+        slots = tuple(CidSlot(config, self.reset_keys[i]) for i, config in self.configs.items())
+        return ServiceConfig(
+            service=Service(keys.name, keys.listen, slots, backends, keys.seed, keys.unknown_server),
+            health=keys.health,
+            resets=keys.resets,
+            draining=frozenset(b.name for b in keys.backends if b.drain),
+        )
+
+    def server_ids(self) -> Iterable[tuple[str, int, ConfigId, ServerId]]:
+        """Every server ID: path, position of its backend, config ID, octets."""
+        for i, backend in valid(self.keys.backends):
+            for config_id, ids in backend.server_ids.items():
+                for j, server_id in valid(ids):
+                    yield f"{self.path}.backends[{i}].server-ids.{config_id}[{j}]", i, config_id, server_id
+
+    def _check_cid_configs(self, reading: Reading) -> None:
+        path, configs = f"{self.path}.cid-configs", self.keys.cid_configs
+        _unique(((f"{path}[{i}].config-id", keys.config_id) for i, keys in valid(configs)), reading)
+
+    def _check_backends(self, reading: Reading) -> None:
+        path, backends = f"{self.path}.backends", list(valid(self.keys.backends))
+        _unique(((f"{path}[{i}].name", backend.name) for i, backend in backends), reading)
+        _unique(((f"{path}[{i}].address", backend.address) for i, backend in backends), reading)
+        for i, backend in backends:
+            if backend.address is not INVALID and _is_nobodys(backend.address):
+                reading.mistake(f"{path}[{i}].address", f"{backend.address}: expected the address of one machine")
+        if backends and all(backend.weight == 0 for _, backend in backends):
+            reading.mistake(path, "every weight is 0: expected somebody to take new connections")
+
+    def _check_server_ids(self, reading: Reading) -> None:
+        _unique(
+            ((path, (config_id, server_id)) for path, _, config_id, server_id in self.server_ids()),
+            reading,
+            show=lambda found: f"{found[1].hex()} of config ID {found[0]}",
+        )
+        configs = [(i, keys) for i, keys in valid(self.keys.cid_configs) if keys.config_id is not INVALID]
+        places = {keys.config_id: i for i, keys in configs}
+        if self.keys.cid_configs is INVALID or len(places) != len(self.keys.cid_configs):
+            return  # which configuration a server ID belongs to cannot be told
+        lengths = {keys.config_id: keys.server_id_length for _, keys in configs}
+        for path, _, config_id, server_id in self.server_ids():
+            length = lengths.get(config_id, INVALID)
+            if length is not INVALID and len(server_id) != length:
+                octets = "1 octet" if len(server_id) == 1 else f"{len(server_id)} octets"
+                where = f"{self.path}.cid-configs[{places[config_id]}].server-id-length"
+                reading.mistake(path, f"{server_id.hex()}: {octets}, but {where} is {length}")
+        for i, backend in valid(self.keys.backends):
+            if backend.server_ids is INVALID:
+                continue
+            path = f"{self.path}.backends[{i}].server-ids"
+            for config_id in backend.server_ids:
+                if config_id not in places:
+                    reading.mistake(f"{path}.{config_id}", f"{config_id}: expected the config-id of one of cid-configs")
+            for config_id, place in places.items():
+                if config_id not in backend.server_ids:
+                    where = f"{self.path}.cid-configs[{place}]"
+                    reading.mistake(path, f"nothing for config ID {config_id}: expected a server ID, as {where} has it")
+
+    def _check_times(self, reading: Reading) -> None:
+        health, resets = self.keys.health, self.keys.resets
+        if INVALID in (health, resets) or INVALID in (health.timeout, resets.hold_off):
+            return
+        # Nobody may be declared dead before an answer to the last probe could have come.
+        if health.probe is not Probe.NONE and resets.hold_off < health.timeout:
+            path = f"{self.path}.resets.hold-off"
+            times = Duration(0, 0)
+            reading.mistake(
+                path,
+                f"{times.to_json(resets.hold_off)}: expected at least {self.path}.health.timeout, "
+                f"which is {times.to_json(health.timeout)}",
+            )
+
+
+def check_limits(limits: Limits, reading: Reading) -> None:
+    if limits is INVALID or INVALID in (limits.idle_timeout, limits.new_flow_timeout):
+        return
+    if limits.new_flow_timeout > limits.idle_timeout:
+        times = Duration(0, 0)
+        reading.mistake(
+            "limits.new-flow-timeout",
+            f"{times.to_json(limits.new_flow_timeout)}: expected at most limits.idle-timeout, "
+            f"which is {times.to_json(limits.idle_timeout)}",
+        )
+
+
+def check_fleet(sections: list[Section], reading: Reading) -> None:
+    """What services must not do to each other."""
+    _unique(((f"{section.path}.name", section.keys.name) for section in sections), reading)
+    _check_listeners(sections, reading)
+    _check_shared_ids(sections, reading)
+    _check_keys(sections, reading)
+
+
+def _check_listeners(sections: list[Section], reading: Reading) -> None:
+    listeners: dict[Address, str] = {}
+    wildcards: dict[tuple[bool, int], tuple[str, Section]] = {}
+    ports: dict[tuple[bool, int], tuple[str, Section]] = {}
+    for section in sections:
+        for i, address in valid(section.keys.listen):
+            path = f"{section.path}.listen[{i}]"
+            # Datagrams for a specific address and for all addresses would go to different services.
+            port = (address.is_ipv6, address.port)
+            rivals = ports if address.is_wildcard else wildcards
+            rival, owner = rivals.get(port, ("", section))
+            if address in listeners:
+                reading.mistake(path, f"{address}: {listeners[address]} has it already")
+            elif owner is not section:
+                reading.mistake(path, f"{address}: overlaps with {rival}")
+            listeners.setdefault(address, path)
+            ports.setdefault(port, (path, section))
+            if address.is_wildcard:
+                wildcards.setdefault(port, (path, section))
+    for section in sections:
+        for i, backend in valid(section.keys.backends):
+            if backend.address is not INVALID and backend.address in listeners:
+                path = f"{section.path}.backends[{i}].address"
+                reading.mistake(path, f"{backend.address}: {listeners[backend.address]} has it, which makes a loop")
+
+
+def _check_shared_ids(sections: list[Section], reading: Reading) -> None:
+    """Which configurations may have server IDs in common.
+
+    Section 9.7: a plaintext and an encrypted configuration must not, or the one gives the other's plaintext away.
+    Section 9.6: two with the same key must not either: their servers' nonces would have to differ too.
+    """
+    plaintext: dict[ServerId, str] = {}
+    encrypted: dict[ServerId, str] = {}
+    for section in sections:
+        configs = {
+            keys.config_id: (i, keys) for i, keys in valid(section.keys.cid_configs) if keys.config_id is not INVALID
+        }
+        with_key: dict[tuple[bytes, ServerId], tuple[int, str]] = {}
+        for path, _, config_id, server_id in section.server_ids():
+            if config_id not in configs:
+                continue
+            i, keys = configs[config_id]
+            mine, others, kind = (
+                (plaintext, encrypted, "an encrypted")
+                if keys.key_file is None
+                else (encrypted, plaintext, "a plaintext")
+            )
+            mine.setdefault(server_id, path)
+            if server_id in others:
+                reading.mistake(
+                    path, f"{server_id.hex()}: {others[server_id]} has it in {kind} configuration: expected another ID"
+                )
+            config = section.configs[i]
+            if config is INVALID or config.key is None:
+                continue
+            j, other = with_key.setdefault((config.key, server_id), (i, path))
+            if j != i:
+                reading.mistake(
+                    path,
+                    f"{server_id.hex()}: {other} has it under the same key ({section.path}.cid-configs[{j}].key-file): "
+                    "expected another ID or another key",
+                )
+
+
+def _check_keys(sections: list[Section], reading: Reading) -> None:
+    """Servers know the CID keys: no reset key may follow from one."""
+    cid_keys = {
+        config.key: f"{section.path}.cid-configs[{i}].key-file"
+        for section in sections
+        for i, config in section.configs.items()
+        if config is not INVALID and config.key is not None
+    }
+    for section in sections:
+        for i, reset_key in section.reset_keys.items():
+            if reset_key is None or reset_key is INVALID:
+                continue
+            for half in (reset_key[:KEY_LENGTH], reset_key[KEY_LENGTH:]):
+                if half in cid_keys:
+                    path = f"{section.path}.cid-configs[{i}].reset-key-file"
+                    reading.mistake(path, f"contains the key of {cid_keys[half]}: expected one of its own")
+                    break
+
+
+def _unique(found: Iterable[tuple[str, H]], reading: Reading, show: Callable[[Any], str] = str) -> None:
+    """Note each value that was there before, with the path of the first. INVALID ones do not count."""
+    first: dict[H, str] = {}
+    for path, value in found:
+        if value is not INVALID and first.setdefault(value, path) != path:
+            reading.mistake(path, f"{show(value)}: {first[value]} has it already")
+
+
+def valid(items: Iterable[H]) -> Iterable[tuple[int, H]]:
+    """The elements of a list that were read, with their positions."""
+    return ((i, item) for i, item in enumerate(items) if item is not INVALID)
+
+
+def _is_nobodys(address: Address) -> bool:
+    ip = ipaddress.ip_address(address.host)
+    return ip.is_unspecified or ip.is_multicast

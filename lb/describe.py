@@ -1,0 +1,162 @@
+"""What `quiclb check` has understood of a configuration, for people and for programs; no secrets in it."""
+
+from __future__ import annotations
+
+import hmac
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lb.cid import CidConfig
+from lb.config import HealthConfig, LbConfig, Limits, LogConfig, ResetConfig, ServiceConfig
+from lb.routing import RING_SLOTS, BackendState, CidSlot, RoutingTable, UnknownServer
+from lb.schema import Record
+
+FEW = 8  # server IDs of one backend that are printed
+MIN_GOOD_SERVER_ID = 2  # octets; with one, chance alone makes up to every CID somebody's
+
+
+def describe(config: LbConfig) -> dict[str, Any]:
+    """The configuration as values that JSON has, in the words of the file."""
+    return {
+        "engine": config.engine,
+        "workers": config.workers,
+        "runtime-directory": None if config.runtime_directory is None else str(config.runtime_directory),
+        "admin": None if config.admin is None else str(config.admin),
+        "log": Record(LogConfig).to_json(config.log),
+        "limits": Record(Limits).to_json(config.limits),
+        "services": [_service(service) for service in config.services],
+        "advice": [{"path": path, "message": message} for path, message in advice(config)],
+    }
+
+
+def advice(config: LbConfig) -> Iterator[tuple[str, str]]:
+    """What is allowed and may be meant, but may be regretted: path and message."""
+    for i, section in enumerate(config.services):
+        service = section.service
+        if not service.cid_slots:
+            yield f"services[{i}]", "no cid-configs: new addresses of a client mean another server"
+        if not service.seed:
+            yield f"services[{i}]", "no seed: anybody can tell which server a client's address leads to"
+        for j, slot in enumerate(service.cid_slots):
+            path = f"services[{i}].cid-configs[{j}]"
+            if slot.config.key is None:
+                yield path, "plaintext: whoever sees a CID sees which server it leads to, and can choose one"
+            if slot.config.server_id_length < MIN_GOOD_SERVER_ID:
+                yield path, "server IDs of 1 octet: many CIDs that nobody made will seem to be some server's"
+            if slot.reset_key is None:
+                yield path, "no reset-key-file: clients of a dead server wait out their idle timeout"
+
+
+def render(name: str, described: Mapping[str, Any]) -> str:
+    """A description as text, for the file `name`."""
+    lines = [
+        f"{name}: ok",
+        f"engine {described['engine']}, workers {described['workers']}, "
+        f"runtime directory {described['runtime-directory'] or 'by default'}, "
+        f"metrics {'at ' + described['admin'] if described['admin'] else 'not served'}",
+    ]
+    lines += [f"{section}: {_pairs(described[section])}" for section in ("log", "limits")]
+    for service in described["services"]:
+        lines.append(f"service {service['name']}")
+        lines.append(f"  listen {', '.join(service['listen'])}")
+        lines.append(f"  seed {'given' if service['seed'] else 'none'}, unknown-server {service['unknown-server']}")
+        lines += [f"  {_cid_config_line(cid_config)}" for cid_config in service["cid-configs"]]
+        lines += [f"  {_backend_line(backend)}" for backend in service["backends"]]
+        lines += [f"  {section}: {_pairs(service[section])}" for section in ("health", "resets")]
+    lines += [f"note: {note['path']}: {note['message']}" for note in described["advice"]]
+    return "\n".join(lines) + "\n"
+
+
+def fingerprint(key: bytes) -> str:
+    """32 bits by which two people can tell that they have the same key; too few to find the key by."""
+    return hmac.digest(key, b"quiclb key fingerprint", "sha256")[:4].hex()
+
+
+def aes_blocks(config: CidConfig) -> int:
+    """AES operations that the server ID of one CID takes (sections 5.4.1 and 5.5.2)."""
+    if config.algorithm != "four-pass":
+        return int(config.algorithm == "single-pass")
+    return 4 if 2 * config.server_id_length > config.routing_block_length else 3
+
+
+def _service(section: ServiceConfig) -> dict[str, Any]:
+    service = section.service
+    states = dict.fromkeys(section.draining, BackendState.DRAINING)
+    ring = RoutingTable.build(service, states).ring
+    slots_of = Counter(ring)
+    return {
+        "name": service.name,
+        "listen": [str(address) for address in service.listen],
+        "seed": bool(service.seed),
+        "unknown-server": UnknownServer(service.unknown_server).name.lower(),
+        "cid-configs": [_cid_config(slot) for slot in service.cid_slots],
+        "backends": [
+            {
+                "name": backend.name,
+                "address": str(backend.address),
+                "server-ids": {
+                    str(config_id): sorted(server_id.hex() for server_id in ids)
+                    for config_id, ids in backend.server_ids.items()
+                },
+                "weight": backend.weight,
+                "drain": backend.name in section.draining,
+                "ring-share": round(slots_of[position] / RING_SLOTS, 4),
+            }
+            for position, backend in enumerate(service.backends)
+        ],
+        "health": Record(HealthConfig).to_json(section.health),
+        "resets": Record(ResetConfig).to_json(section.resets),
+    }
+
+
+def _cid_config(slot: CidSlot) -> dict[str, Any]:
+    config = slot.config
+    return {
+        "config-id": config.config_id,
+        "algorithm": config.algorithm,
+        "aes-blocks-per-packet": aes_blocks(config),
+        "server-id-length": config.server_id_length,
+        "nonce-length": config.nonce_length,
+        "appended-length": config.appended_length,
+        "cid-length": config.cid_length,
+        "encodes-length": config.encodes_length,
+        "key-fingerprint": None if config.key is None else fingerprint(config.key),
+        "reset-key-fingerprint": None if slot.reset_key is None else fingerprint(slot.reset_key),
+    }
+
+
+def _cid_config_line(described: Mapping[str, Any]) -> str:
+    blocks = described["aes-blocks-per-packet"]
+    cost = "no AES" if not blocks else f"{blocks} AES block{'s' if blocks > 1 else ''} per packet"
+    if blocks > 1:
+        cost += " (1 if the lengths added up to 16)"
+    appended = f" + {described['appended-length']} appended" if described["appended-length"] else ""
+    return (
+        f"config ID {described['config-id']}: {described['algorithm']}, "
+        f"1 + {described['server-id-length']} server ID + {described['nonce-length']} nonce{appended}"
+        f" = {described['cid-length']} octets{', the first says so' if described['encodes-length'] else ''}, {cost}, "
+        f"key {described['key-fingerprint'] or 'none'}, reset key {described['reset-key-fingerprint'] or 'none'}"
+    )
+
+
+def _backend_line(described: Mapping[str, Any]) -> str:
+    ids = "; ".join(
+        f"{config_id}: {', '.join(ids[:FEW])}{f' and {len(ids) - FEW} more' if len(ids) > FEW else ''}"
+        for config_id, ids in described["server-ids"].items()
+    )
+    return (
+        f"backend {described['name']} {described['address']}, weight {described['weight']}, "
+        f"{'draining, ' if described['drain'] else ''}{described['ring-share']:.1%} of new connections"
+        f"{', server IDs ' + ids if ids else ''}"
+    )
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_word(value)}" for name, value in values.items())
+
+
+def _word(value: object) -> str:
+    if value is None:
+        return "by default"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,586 @@
+# ruff: noqa: E501 - one mistake, one line
+"""Configuration files: what a good one means, and what is said about each bad one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lb.address import Address
+from lb.cid import CidConfig, ConfigId, ServerId
+from lb.config import (
+    HealthConfig,
+    LbConfig,
+    Limits,
+    LogConfig,
+    Probe,
+    ResetConfig,
+    ServiceConfig,
+    load_config,
+    refuse_reload,
+)
+from lb.document import MAX_FILE
+from lb.errors import ConfigError, ConfigErrors
+from lb.routing import Backend, CidSlot, Service, UnknownServer
+from tests.files import CID_KEY, OTHER_CID_KEY, RESET_KEY, examples, write_key, write_keys
+
+GOOD = """\
+engine: udp
+workers: 2
+admin: "127.0.0.1:9100"
+log: {format: json, level: warning}
+limits: {flows: 500, idle-timeout: 90s, new-flow-timeout: 2500ms, socket-buffer: 64KiB, sockets: 20}
+services:
+  - name: web
+    listen: ["192.0.2.1:443", "[2001:DB8::1]:443"]
+    seed: sesame
+    unknown-server: drop
+    cid-configs:
+      - config-id: 0
+        server-id-length: 4
+        nonce-length: 12
+        key-file: secrets/cid-0.key
+        encodes-length: true
+        reset-key-file: secrets/reset-0.key
+      - config-id: 3
+        server-id-length: 3
+        nonce-length: 6
+        appended-length: 2
+        key-file: secrets/cid-1.key
+    backends:
+      - {name: a, address: "10.0.0.11:443", server-ids: {0: ["3fa91c02"], 3: ["3fa91c"]}}
+      - {name: b, address: "[fd00::12]:443", server-ids: {0: ["81D5E47A", "aaaaaaaa"], 3: ["81d5e4"]}, weight: 3, drain: true}
+    health: {probe: none, interval: 200ms, jitter: 12.5%, silence: 0s}
+    resets: {hold-off: 1.5s, push: false}
+  - name: plain
+    listen: ["192.0.2.2:443"]
+    cid-configs: [{config-id: 0, server-id-length: 8, nonce-length: 7}]
+    backends: [{name: x, address: "10.0.1.21:443", server-ids: {0: ["b1946ac92492d234"]}}]
+"""
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    write_keys(tmp_path)
+    return tmp_path
+
+
+def load(directory: Path, text: str | bytes) -> LbConfig:
+    path = directory / "quiclb.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return load_config(path)
+
+
+def mistakes(directory: Path, text: str | bytes) -> list[tuple[str, str]]:
+    with pytest.raises(ConfigErrors) as caught:
+        load(directory, text)
+    return [(error.path, error.message) for error in caught.value.exceptions if isinstance(error, ConfigError)]
+
+
+def edited(old: str, new: str, text: str = GOOD) -> str:
+    assert text.count(old) == 1, f"{old!r} is there {text.count(old)} times"
+    return text.replace(old, new)
+
+
+def test_every_key_of_a_file_means_what_the_documents_say(directory: Path) -> None:
+    health = HealthConfig(probe=Probe.NONE, interval=0.2, jitter=0.125, silence=0.0)
+    zero, three = ConfigId(0), ConfigId(3)
+    web = Service(
+        name="web",
+        listen=(Address("192.0.2.1", 443), Address("2001:db8::1", 443)),
+        cid_slots=(
+            CidSlot(CidConfig(zero, 4, 12, bytes.fromhex(CID_KEY), True), bytes.fromhex(RESET_KEY)),
+            CidSlot(CidConfig(three, 3, 6, bytes.fromhex(OTHER_CID_KEY), False, 2), None),
+        ),
+        backends=(
+            Backend("a", Address("10.0.0.11", 443), {zero: ids("3fa91c02"), three: ids("3fa91c")}),
+            Backend("b", Address("fd00::12", 443), {zero: ids("81d5e47a", "aaaaaaaa"), three: ids("81d5e4")}, 3),
+        ),
+        seed="sesame",
+        unknown_server=UnknownServer.DROP,
+    )
+    plain = Service(
+        name="plain",
+        listen=(Address("192.0.2.2", 443),),
+        cid_slots=(CidSlot(CidConfig(zero, 8, 7, None, False)),),
+        backends=(Backend("x", Address("10.0.1.21", 443), {zero: ids("b1946ac92492d234")}),),
+    )
+    assert load(directory, GOOD) == LbConfig(
+        engine="udp",
+        workers=2,
+        runtime_directory=None,
+        admin=Address("127.0.0.1", 9100),
+        log=LogConfig(format="json", level="warning"),
+        limits=Limits(flows=500, idle_timeout=90.0, new_flow_timeout=2.5, socket_buffer=65536, sockets=20),
+        services=(
+            ServiceConfig(
+                service=web,
+                health=health,
+                resets=ResetConfig(hold_off=1.5, push=False),
+                draining=frozenset({"b"}),
+            ),
+            ServiceConfig(service=plain),
+        ),
+    )
+
+
+def ids(*digits: str) -> frozenset[ServerId]:
+    return frozenset(ServerId(bytes.fromhex(d)) for d in digits)
+
+
+def test_defaults_are_those_that_other_modules_count_on() -> None:
+    assert HealthConfig() == HealthConfig(
+        probe=Probe.VERSION_NEGOTIATION,
+        interval=1.0,
+        timeout=0.5,
+        fall=3,
+        rise=2,
+        jitter=0.1,
+        suspect_interval=0.02,
+        silence=0.5,
+    )
+    assert ResetConfig() == ResetConfig(hold_off=5.0, rate=1000, prefix_rate=10, push_rate=10000, push=True)
+    assert Limits() == Limits(
+        flows=100_000,
+        idle_timeout=120.0,
+        new_flow_timeout=10.0,
+        table_entries=65_536,
+        new_flows_rate=10_000,
+        sockets=None,
+        socket_buffer=4 << 20,
+    )
+    assert LogConfig() == LogConfig(format="text", level="info")
+
+
+@pytest.mark.parametrize("name", ["minimal.yaml", "quiclb.yaml", "two-services.yaml"])
+def test_the_examples_load(tmp_path: Path, name: str) -> None:
+    assert load_config(examples(tmp_path) / name).services
+
+
+def test_file_names_start_at_the_directory_of_the_file(directory: Path) -> None:
+    absolute = write_key(directory / "elsewhere" / "x.key", CID_KEY)
+    text = edited("secrets/cid-0.key", str(absolute)).replace("workers: 2", "runtime-directory: run")
+    config = load(directory, text)
+    assert config.runtime_directory == directory / "run"
+    assert config.services[0].service.cid_slots[0].config.key == bytes.fromhex(CID_KEY)
+
+
+def test_keys_do_not_print(directory: Path) -> None:
+    printed = repr(load(directory, GOOD))
+    for digits in (CID_KEY, OTHER_CID_KEY, RESET_KEY):
+        assert digits not in printed
+        assert repr(bytes.fromhex(digits))[2:-1] not in printed
+
+
+# What is replaced by what, the path of the one mistake, and a part of its message.
+CID0, CID1 = "services[0].cid-configs[0]", "services[0].cid-configs[1]"
+A, B, X = "services[0].backends[0]", "services[0].backends[1]", "services[1].backends[0]"
+MISTAKES = {
+    # Keys.
+    "unknown key": ("workers: 2", "worker: 2", "worker", "unknown key; did you mean workers?"),
+    "unknown key like no other": ("workers: 2", "zzz: 2", "zzz", "unknown key"),
+    "unknown key inside": ("weight: 3", "wieght: 3", f"{B}.wieght", "unknown key; did you mean weight?"),
+    "unknown key with odd characters": ("workers: 2", '"a\\nb": 2', '"a\\nb"', "unknown key"),
+    "merge key": ("workers: 2", "<<: {workers: 2}", '<<', "unknown key"),
+    "key given twice": ("workers: 2", "workers: 2\nworkers: 3", "workers", "given twice, again in line 3"),
+    "key given twice inside": ("weight: 3", "weight: 3, weight: 3", f"{B}.weight", "given twice, again in line 25"),
+    "key that is a list": ("workers: 2", "[workers]: 2", "", "a list, mapping or alias for a key"),
+    "missing key": ("  - name: plain\n", "  -\n", "services[1].name", "missing: expected a name"),
+    "missing length": ("        nonce-length: 12\n", "", f"{CID0}.nonce-length", "missing: expected an integer, 4 to 18"),
+    "nothing": ("workers: 2", "workers:", "workers", "nothing: expected an integer, 1 to 64, or no such key"),
+    "nothing for a mapping": ("log: {format: json, level: warning}", "log:", "log", "nothing: expected a mapping"),
+    # YAML's own ideas.
+    "bool for int": ("workers: 2", "workers: true", "workers", "true: expected an integer, 1 to 64"),
+    "octal": ("workers: 2", "workers: 010", "workers", "010: expected an integer"),
+    "hexadecimal": ("workers: 2", "workers: 0x10", "workers", "0x10: expected an integer"),
+    "underscore": ("workers: 2", "workers: 1_0", "workers", "1_0: expected an integer"),
+    "float": ("workers: 2", "workers: 2.0", "workers", "2.0: expected an integer"),
+    "quoted integer": ("workers: 2", 'workers: "2"', "workers", "2: expected an integer"),
+    "a very long integer": ("workers: 2", f"workers: {'9' * 5000}", "workers", "hex digits>: expected an integer"),
+    "sexagesimal": ('"192.0.2.2:443"', "1:30", "services[1].listen[0]", "1:30: YAML takes this for an integer; put it"),
+    "yes": ("push: false", "push: no", "services[0].resets.push", "no: expected true or false"),
+    "capital true": ("push: false", "push: True", "services[0].resets.push", "True: expected true or false"),
+    "name that is a date": ("name: plain", "name: 2026-05-29", "services[1].name", "YAML takes this for a date"),
+    "name that is a number": ("name: plain", "name: 12", "services[1].name", "12: YAML takes this for an integer"),
+    "server ID that is an integer": ('"b1946ac92492d234"', "1234567812345678", f"{X}.server-ids.0[0]", "put it in quotes"),
+    "server ID that is octal": ('"b1946ac92492d234"', "0011223300112233", f"{X}.server-ids.0[0]", "put it in quotes"),
+    "seed that is a number": ("seed: sesame", "seed: 90125", "services[0].seed", "YAML takes this for an integer; put it"),
+    "alias": ("json, level: warning", "&n json, level: *n", "log.level", "*n: aliases are not used here"),
+    "tag": ("workers: 2", "workers: !!int 2", "workers", "tags are not used here"),
+    "python tag": ("workers: 2", "workers: !!python/name:os.system x", "workers", "tags are not used here"),
+    # Kinds.
+    "engine": ("engine: udp", "engine: xdp", "engine", "xdp: this version has the udp engine only: expected udp"),
+    "another engine": ("engine: udp", "engine: upd", "engine", "upd: expected udp; did you mean udp?"),
+    "too many workers": ("workers: 2", "workers: 65", "workers", "65: expected an integer, 1 to 64"),
+    "negative": ("workers: 2", "workers: -1", "workers", "-1: expected an integer, 1 to 64"),
+    "list for scalar": ("workers: 2", "workers: [2]", "workers", "a list: expected an integer, 1 to 64"),
+    "scalar for list": ('listen: ["192.0.2.2:443"]', 'listen: "192.0.2.2:443"', "services[1].listen", "expected a list"),
+    "scalar for mapping": ("{0: [\"b1946ac92492d234\"]}", "b1", f"{X}.server-ids", "b1: expected a mapping"),
+    "list for mapping": ("log: {format: json, level: warning}", "log: []", "log", "a list: expected a mapping"),
+    "empty list": ('listen: ["192.0.2.2:443"]', "listen: []", "services[1].listen", "0 elements: expected 1 to 64"),
+    "duration without unit": ("idle-timeout: 90s", "idle-timeout: 90", "limits.idle-timeout", "90: a number without a unit"),
+    "duration with space": ("idle-timeout: 90s", "idle-timeout: 90 s", "limits.idle-timeout", "90 s: expected a duration, 1s to 24h"),
+    "duration too long": ("idle-timeout: 90s", "idle-timeout: 25h", "limits.idle-timeout", "25h: expected a duration, 1s to 24h"),
+    "duration of a lifetime": ("interval: 200ms", "interval: 999999999999h", "services[0].health.interval", "expected a duration"),
+    "negative duration": ("interval: 200ms", "interval: -1s", "services[0].health.interval", "-1s: expected a duration, 10ms to 1h"),
+    "size in decimal": ("socket-buffer: 64KiB", "socket-buffer: 64KB", "limits.socket-buffer", "64KB: expected a size, 4KiB to 1GiB"),
+    "size with a fraction": ("socket-buffer: 64KiB", "socket-buffer: 1.5MiB", "limits.socket-buffer", "1.5MiB: expected a size"),
+    "jitter without sign": ("jitter: 12.5%", "jitter: 0.125", "services[0].health.jitter", "a number without a unit"),
+    "jitter too large": ("jitter: 12.5%", "jitter: 51%", "services[0].health.jitter", "51%: expected a percentage, 0% to 50%"),
+    "probe": ("probe: none", "probe: vn", "services[0].health.probe", "vn: expected version-negotiation or none"),
+    "level": ("level: warning", "level: warn", "log.level", "did you mean warning?"),
+    "unknown-server": ("unknown-server: drop", "unknown-server: reject", "services[0].unknown-server", "expected fallback or drop"),
+    "name with a space": ("name: plain", "name: a b", "services[1].name", "a b: expected a name"),
+    "name too long": ("name: plain", f"name: {'n' * 65}", "services[1].name", "nnn...: expected a name"),
+    "seed that does not print": ("seed: sesame", 'seed: "a\\0b"', "services[0].seed", "3 characters: expected a text"),
+    "host name": ('"192.0.2.2:443"', '"example.com:443"', "services[1].listen[0]", "expected an IP address before the port"),
+    "no port": ('"192.0.2.2:443"', '"192.0.2.2"', "services[1].listen[0]", "expected ADDRESS:PORT"),
+    "port 0": ('"192.0.2.2:443"', '"192.0.2.2:0"', "services[1].listen[0]", "expected ADDRESS:PORT"),
+    "IPv6 without brackets": ('"192.0.2.2:443"', '"2001:db8::2:443"', "services[1].listen[0]", "go in brackets"),
+    "endless address": ('"192.0.2.2:443"', f'"1.2.3.4:{"9" * 6000}"', "services[1].listen[0]", "expected ADDRESS:PORT"),
+    "admin": ('admin: "127.0.0.1:9100"', "admin: 9100", "admin", "9100: YAML takes this for an integer"),
+    "server ID with odd digits": ('"b1946ac92492d234"', '"b1946ac92492d23"', f"{X}.server-ids.0[0]", "two hex digits each"),
+    "server ID that is no hex": ('"b1946ac92492d234"', '"z1946ac92492d234"', f"{X}.server-ids.0[0]", "two hex digits each"),
+    "server ID too long": ('"b1946ac92492d234"', f'"{"ab" * 16}"', f"{X}.server-ids.0[0]", "1 to 15 octets"),
+    "no server ID in a list": ('["b1946ac92492d234"]', "[]", f"{X}.server-ids.0", "0 elements: expected 1 to 65536"),
+    "config ID out of range": ("3: [\"81d5e4\"]", "3: [\"81d5e4\"], 7: [\"00\"]", f"{B}.server-ids.7", "7: expected a config ID, 0 to 6"),
+    # CID configurations.
+    "config ID 7": ("config-id: 3", "config-id: 7", f"{CID1}.config-id", "7: expected an integer, 0 to 6"),
+    "nonce too short": ("nonce-length: 6", "nonce-length: 3", f"{CID1}.nonce-length", "3: expected an integer, 4 to 18"),
+    "sum over 19": ("nonce-length: 6", "nonce-length: 17", CID1, "take 20 octets together: expected at most 19"),
+    "CID over 20": ("appended-length: 2", "appended-length: 11", CID1, "11 appended octets: a CID holds at most 20"),
+    "key file missing": ("secrets/cid-0.key", "secrets/none.key", f"{CID0}.key-file", "none.key: cannot be read: No such file"),
+    "key file is a directory": ("secrets/cid-0.key", "secrets", f"{CID0}.key-file", "secrets: a directory"),
+    "key file is a device": ("secrets/cid-0.key", "/dev/null", f"{CID0}.key-file", "/dev/null: not a regular file"),
+    "key file is a pipe": ("secrets/cid-0.key", "pipe", f"{CID0}.key-file", "pipe: not a regular file"),
+    "key file under a file": ("secrets/cid-0.key", "secrets/cid-0.key/x", f"{CID0}.key-file", "cannot be read: Not a directory"),
+    "key file name too long": ("secrets/cid-0.key", "x" * 5000, f"{CID0}.key-file", "cannot be read: File name too long"),
+    "key file name with NUL": ("secrets/cid-0.key", '"a\\0b"', f"{CID0}.key-file", "expected the name of a file"),
+    "key file is world-readable": ("secrets/cid-0.key", "world.key", f"{CID0}.key-file", "mode 0604 lets everybody at it: expected 0600"),
+    "key file too short": ("secrets/cid-0.key", "short.key", f"{CID0}.key-file", "holds 30 characters: expected 32 hex digits"),
+    "key file is empty": ("secrets/cid-0.key", "empty.key", f"{CID0}.key-file", "holds 0 characters: expected 32 hex digits"),
+    "key file too long": ("secrets/cid-0.key", "long.key", f"{CID0}.key-file", "holds more than 256 characters"),
+    "key file is no hex": ("secrets/cid-0.key", "nohex.key", f"{CID0}.key-file", "holds something else than hex digits"),
+    "key file of a reset key": ("secrets/cid-0.key", "secrets/reset-1.key", f"{CID0}.key-file", "holds 64 characters: expected 32"),
+    "reset key file of a CID key": ("secrets/reset-0.key", "secrets/cid-1.key", f"{CID0}.reset-key-file", "holds 32 characters: expected 64"),
+    "key instead of its file": ("secrets/cid-0.key", OTHER_CID_KEY, f"{CID0}.key-file", "<32 hex digits>: looks like a key"),
+    "reset key made of the CID key": ("secrets/reset-0.key", "doubled.key", f"{CID0}.reset-key-file", f"contains the key of {CID0}.key-file"),
+    # What must be different.
+    "config ID twice": ("config-id: 3", "config-id: 0", f"{CID1}.config-id", f"0: {CID0}.config-id has it already"),
+    "service name twice": ("name: plain", "name: web", "services[1].name", "web: services[0].name has it already"),
+    "backend name twice": ("name: b,", "name: a,", f"{B}.name", f"a: {A}.name has it already"),
+    "backend address twice": ('"[fd00::12]:443"', '"10.0.0.11:443"', f"{B}.address", f"10.0.0.11:443: {A}.address has it already"),
+    "server ID twice": ('"aaaaaaaa"', '"3FA91C02"', f"{B}.server-ids.0[1]", f"{A}.server-ids.0[0] has it already"),
+    "server ID twice in one list": ('"aaaaaaaa"', '"81d5e47a"', f"{B}.server-ids.0[1]", f"{B}.server-ids.0[0] has it already"),
+    "listener twice in a service": ('"192.0.2.2:443"', '"192.0.2.2:443", "192.0.2.2:443"', "services[1].listen[1]", "services[1].listen[0] has it already"),
+    "listener twice": ('"192.0.2.2:443"', '"192.0.2.1:443"', "services[1].listen[0]", "192.0.2.1:443: services[0].listen[0] has it already"),
+    "listener in another spelling": ('"192.0.2.2:443"', '"[2001:db8:0::1]:443"', "services[1].listen[0]", "services[0].listen[1] has it already"),
+    "wildcard after address": ('"192.0.2.2:443"', '"0.0.0.0:443"', "services[1].listen[0]", "0.0.0.0:443: overlaps with services[0].listen[0]"),
+    "address after wildcard": ('"[2001:DB8::1]:443"', '"0.0.0.0:443"', "services[1].listen[0]", "192.0.2.2:443: overlaps with services[0].listen[1]"),
+    "backend is a listener": ('"10.0.1.21:443"', '"192.0.2.1:443"', f"{X}.address", "services[0].listen[0] has it, which makes a loop"),
+    "backend is everybody": ('"10.0.1.21:443"', '"0.0.0.0:443"', f"{X}.address", "0.0.0.0:443: expected the address of one machine"),
+    "backend is a group": ('"10.0.1.21:443"', '"[ff02::1]:443"', f"{X}.address", "expected the address of one machine"),
+    # What must agree.
+    "server ID of the wrong length": ('"aaaaaaaa"', '"aaaaaa"', f"{B}.server-ids.0[1]", f"aaaaaa: 3 octets, but {CID0}.server-id-length is 4"),
+    "server IDs of no configuration": ("3: [\"81d5e4\"]", "3: [\"81d5e4\"], 5: [\"00\"]", f"{B}.server-ids.5", "5: expected the config-id of one of cid-configs"),
+    "backend without server IDs": (", 3: [\"81d5e4\"]}", "}", f"{B}.server-ids", f"nothing for config ID 3: expected a server ID, as {CID1} has it"),
+    "backend without any": (', server-ids: {0: ["b1946ac92492d234"]}', "", f"{X}.server-ids", "nothing for config ID 0"),
+    "weights": ('["b1946ac92492d234"]}}', '["b1946ac92492d234"]}, weight: 0}', "services[1].backends", "every weight is 0"),
+    "hold-off": ("probe: none, interval: 200ms", "timeout: 2s", "services[0].resets.hold-off", "1500ms: expected at least services[0].health.timeout, which is 2s"),
+    "new-flow-timeout": ("new-flow-timeout: 2500ms", "new-flow-timeout: 2m", "limits.new-flow-timeout", "2m: expected at most limits.idle-timeout, which is 90s"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "path", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_named_with_its_path_and_nothing_else_is(
+    directory: Path, old: str, new: str, path: str, message: str
+) -> None:
+    os.mkfifo(directory / "pipe", 0o600)
+    write_key(directory / "world.key", CID_KEY, 0o604)
+    write_key(directory / "short.key", CID_KEY[:30])
+    write_key(directory / "empty.key", "")
+    write_key(directory / "long.key", CID_KEY * 9)
+    write_key(directory / "nohex.key", "g" * 32)
+    write_key(directory / "doubled.key", RESET_KEY[:32] + CID_KEY)
+    found = mistakes(directory, edited(old, new))
+    assert [path] == [p for p, _ in found], found
+    assert message in found[0][1]
+    for digits in (CID_KEY, OTHER_CID_KEY, RESET_KEY, "sesame", "90125", "g" * 32):
+        assert digits not in found[0][1]
+
+
+SHARED = """\
+services:
+  - name: web
+    listen: ["192.0.2.1:443"]
+    cid-configs:
+      - {config-id: 0, server-id-length: 4, nonce-length: 12, key-file: secrets/cid-0.key}
+      - {config-id: 1, server-id-length: 4, nonce-length: 6}
+    backends:
+      - {name: a, address: "10.0.0.11:443", server-ids: {0: ["3fa91c02"], 1: ["c0c0c0c0"]}}
+      - {name: b, address: "10.0.0.12:443", server-ids: {0: ["81d5e47a"], 1: ["d1d1d1d1"]}}
+"""
+
+
+def test_plaintext_and_encrypted_configurations_share_no_server_id(directory: Path) -> None:
+    """Section 9.7 of the draft: also if the ID is another backend's."""
+    assert load(directory, SHARED)
+    assert mistakes(directory, edited("d1d1d1d1", "3fa91c02", SHARED)) == [
+        (
+            f"{B}.server-ids.1[0]",
+            f"3fa91c02: {A}.server-ids.0[0] has it in an encrypted configuration: expected another ID",
+        )
+    ]
+    assert mistakes(directory, edited("81d5e47a", "c0c0c0c0", SHARED)) == [
+        (
+            f"{B}.server-ids.0[0]",
+            f"c0c0c0c0: {A}.server-ids.1[0] has it in a plaintext configuration: expected another ID",
+        )
+    ]
+
+
+def test_configurations_with_one_key_share_no_server_id(directory: Path) -> None:
+    """Section 9.6 of the draft: one server would use each nonce twice. It is the key that counts, not its file."""
+    text = edited("nonce-length: 6}", "nonce-length: 6, key-file: secrets/copy.key}", SHARED)
+    text = edited("d1d1d1d1", "81d5e47a", text)
+    write_key(directory / "secrets" / "copy.key", OTHER_CID_KEY)
+    assert load(directory, text)
+    write_key(directory / "secrets" / "copy.key", CID_KEY)
+    assert mistakes(directory, text) == [
+        (
+            f"{B}.server-ids.1[0]",
+            f"81d5e47a: {B}.server-ids.0[0] has it under the same key ({CID0}.key-file): "
+            "expected another ID or another key",
+        )
+    ]
+
+
+def test_all_mistakes_are_found_at_once_and_come_in_the_order_of_the_file(directory: Path) -> None:
+    text = GOOD
+    for old, new in (
+        ("workers: 2", "workers: 0\nworkers: 1"),
+        ("level: warning", "level: loud"),
+        ('"192.0.2.1:443"', '"192.0.2.1"'),
+        ("nonce-length: 12", "nonce-length: 1"),
+        ("secrets/cid-1.key", "secrets/lost.key"),
+        ('"aaaaaaaa"', '"3fa91c02"'),
+        ("probe: none", "prob: none"),
+        ("name: plain", "name: web"),
+        ("server-id-length: 8", "server-id-length: 7"),
+    ):
+        text = edited(old, new, text)
+    assert [path for path, _ in mistakes(directory, text)] == [
+        "workers",
+        "workers",
+        "log.level",
+        "services[0].listen[0]",
+        f"{CID0}.nonce-length",
+        f"{CID1}.key-file",
+        f"{B}.server-ids.0[1]",
+        "services[0].health.prob",
+        "services[1].name",
+        f"{X}.server-ids.0[0]",
+    ]
+
+
+WHOLE_FILES = {
+    "empty": (b"", "nothing in it"),
+    "comments only": (b"# nothing\n", "nothing in it"),
+    "not UTF-8": (b"name: \xff\n", "not UTF-8 at octet 6"),
+    "control characters": (b"name: \x01\n", "not YAML"),
+    "syntax": (b"a: [1\nb: 2\n", "line 2, column 2: not YAML"),
+    "tab": (b"a:\n\t- b\n", "line 2, column 1: not YAML"),
+    "two documents": (b"a: 1\n---\nb: 2\n", "a second document"),
+    "too deep": (b"[" * 1000, "line 1: nested more than 16 deep"),
+    "too large": (b"#" * (MAX_FILE + 1), "more than 4 MiB"),
+}
+
+
+@pytest.mark.parametrize(("octets", "message"), WHOLE_FILES.values(), ids=WHOLE_FILES.keys())
+def test_a_file_that_is_no_use_is_named(directory: Path, octets: bytes, message: str) -> None:
+    found = mistakes(directory, octets)
+    assert [path for path, _ in found] == [str(directory / "quiclb.yaml")]
+    assert message in found[0][1]
+
+
+@pytest.mark.parametrize(("text", "found"), [("[]", "a list"), ("hello", "hello"), ("12", "12"), ("~", "nothing")])
+def test_a_file_that_is_no_mapping_is_one_mistake(directory: Path, text: str, found: str) -> None:
+    assert mistakes(directory, text) == [("", f"{found}: expected a mapping")]
+
+
+def test_a_byte_order_mark_is_no_mistake(directory: Path) -> None:
+    assert load(directory, b"\xef\xbb\xbf" + GOOD.encode()) == load(directory, GOOD)
+
+
+@pytest.mark.parametrize("name", [".", "none.yaml", "quiclb.yaml/x", "x" * 300, "/dev/null", "a\0b"])
+def test_a_file_that_cannot_be_read_is_named(directory: Path, name: str) -> None:
+    (directory / "quiclb.yaml").write_text(GOOD)
+    with pytest.raises(ConfigErrors) as caught:
+        load_config(directory / name)
+    assert len(caught.value.exceptions) == 1
+
+
+def test_an_alias_bomb_is_defused(directory: Path) -> None:
+    lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
+    found = mistakes(directory, "\n".join(lines))
+    assert ("a39[1]", "*a38: aliases are not used here; write the value out") in found
+
+
+def test_a_large_fleet_loads(directory: Path) -> None:
+    """4096 backends, the most that a service may have, in a few seconds at the very worst."""
+    backends = "".join(
+        f'      - {{name: b{i}, address: "10.{i >> 8}.{i & 255}.1:443", server-ids: {{0: ["{i:08x}"]}}}}\n'
+        for i in range(4096)
+    )
+    head = SHARED[: SHARED.index("      - {config-id: 1")]
+    assert len(load(directory, f"{head}    backends:\n{backends}").services[0].service.backends) == 4096
+
+
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | st.dates()
+WORDS = st.sampled_from(
+    ["services", "name", "listen", "cid-configs", "config-id", "key-file", "backends", "server-ids", "health", "limits"]
+)
+TREES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS | TEXTS, inner, max_size=4),
+    max_leaves=30,
+)
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def loads_or_says_why(directory: Path, octets: bytes) -> None:
+    with contextlib.suppress(ConfigErrors):
+        load(directory, octets)
+
+
+@FUZZ
+@given(st.binary(max_size=200))
+def test_no_octets_raise_anything_but_config_errors(directory: Path, octets: bytes) -> None:
+    loads_or_says_why(directory, octets)
+
+
+@FUZZ
+@given(st.text(max_size=200))
+def test_no_text_raises_anything_but_config_errors(directory: Path, text: str) -> None:
+    loads_or_says_why(directory, text.encode(errors="replace"))
+
+
+@FUZZ
+@given(TREES)
+def test_no_tree_raises_anything_but_config_errors(directory: Path, tree: object) -> None:
+    loads_or_says_why(directory, yaml.safe_dump({"services": tree}, allow_unicode=True).encode(errors="replace"))
+
+
+@FUZZ
+@given(
+    st.integers(0, len(GOOD) - 1),
+    st.integers(0, 12),
+    st.sampled_from(["", "0", "-", ":", '"', "[", "}", "\n", "*", "é"]),
+)
+def test_no_small_change_raises_anything_but_config_errors(directory: Path, at: int, cut: int, put: str) -> None:
+    loads_or_says_why(directory, (GOOD[:at] + put + GOOD[at + cut :]).encode())
+
+
+@FUZZ
+@given(which=st.sampled_from(["log", "limits", "service", "cid-config", "backend"]), nth=st.integers(0), value=TREES)
+def test_no_value_in_a_good_file_raises_anything_but_config_errors(
+    directory: Path, which: str, nth: int, value: object
+) -> None:
+    tree = yaml.safe_load(GOOD)
+    service = tree["services"][0]
+    owner = {
+        "log": tree["log"],
+        "limits": tree["limits"],
+        "service": service,
+        "cid-config": service["cid-configs"][0],
+        "backend": service["backends"][0],
+    }[which]
+    owner[list(owner)[nth % len(owner)]] = value
+    loads_or_says_why(directory, yaml.safe_dump(tree).encode())
+
+
+RELOADS = {
+    "the same": (GOOD, []),
+    "backends and health": (edited("weight: 3", "weight: 1").replace("interval: 200ms", "interval: 2s"), []),
+    "another service": (GOOD.replace("name: plain", "name: other"), []),
+    "resets switched on": (
+        edited(
+            "key-file: secrets/cid-1.key", "key-file: secrets/cid-1.key\n        reset-key-file: secrets/reset-1.key"
+        ),
+        [],
+    ),
+    "resets switched off": (edited("        reset-key-file: secrets/reset-0.key\n", ""), []),
+    "rate of new flows": (edited("flows: 500", "flows: 500, new-flows-rate: 7"), []),
+    "workers": (edited("workers: 2", "workers: 3"), [("workers", "3: this process runs with 2; a restart changes it")]),
+    "admin": (
+        edited('admin: "127.0.0.1:9100"\n', ""),
+        [("admin", "nothing: this process runs with 127.0.0.1:9100; a restart changes it")],
+    ),
+    "sockets": (
+        edited("sockets: 20", "sockets: 21"),
+        [("limits.sockets", "21: this process runs with 20; a restart changes it")],
+    ),
+    "idle-timeout": (
+        edited("idle-timeout: 90s", "idle-timeout: 1h"),
+        [("limits.idle-timeout", "1h: this process runs with 90s; a restart changes it")],
+    ),
+    "key of a live slot": (
+        edited("secrets/cid-0.key", "secrets/spare.key"),
+        [
+            (
+                CID0,
+                "config ID 0 is in use and has another key: expected a free config ID for the new configuration",
+            )
+        ],
+    ),
+    "lengths of a live slot": (
+        GOOD.replace("nonce-length: 6", "nonce-length: 7").replace("appended-length: 2", "appended-length: 1"),
+        [
+            (
+                CID1,
+                "config ID 3 is in use and has another nonce-length and appended-length: "
+                "expected a free config ID for the new configuration",
+            )
+        ],
+    ),
+    "reset key of a live slot": (
+        edited("secrets/reset-0.key", "secrets/reset-1.key"),
+        [
+            (
+                CID0,
+                "config ID 0 is in use and has another reset key: expected a free config ID for the new configuration",
+            )
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "refused"), RELOADS.values(), ids=RELOADS.keys())
+def test_a_reload_is_refused_where_it_would_break_something(
+    directory: Path, text: str, refused: list[tuple[str, str]]
+) -> None:
+    write_key(directory / "secrets" / "spare.key", "3c" * 16)
+    old, new = load(directory, GOOD), load(directory, text)
+    assert [(error.path, error.message) for error in refuse_reload(old, new)] == refused
+
+
+def test_a_rotation_takes_two_reloads_and_no_restart(directory: Path) -> None:
+    """Add a slot, then remove the old one; positions in the file do not matter."""
+    config = load(directory, GOOD)
+    web = config.services[0]
+    slots = web.service.cid_slots
+
+    def with_slots(*kept: CidSlot) -> LbConfig:
+        service = replace(web, service=replace(web.service, cid_slots=kept))
+        return replace(config, services=(service, *config.services[1:]))
+
+    assert refuse_reload(with_slots(slots[0]), with_slots(slots[1], slots[0])) == []
+    assert refuse_reload(with_slots(slots[1], slots[0]), with_slots(slots[1])) == []

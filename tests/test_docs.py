@@ -1,0 +1,80 @@
+"""docs/configuration.md: every key with its type, its default and whether it takes a restart, and no other key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lb.keys import LbConfig, ServerKeys
+from lb.schema import Key, walk
+
+PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
+TOPS = {"Top level": "", "A server's top level": ""}
+
+
+def tables(chapter: str) -> dict[tuple[str, str], tuple[str, str, str]]:
+    """The rows of a chapter's tables: path of the table and key, to type, default and restart."""
+    text = PAGE.read_text()
+    start = text.index(f"\n## {chapter}\n")
+    end = text.find("\n## ", start + 1)
+    rows: dict[tuple[str, str], tuple[str, str, str]] = {}
+    path = ""
+    for line in text[start:end].splitlines():
+        if line.startswith("### "):
+            heading = line.removeprefix("### ").strip("`")
+            path = TOPS.get(heading, heading)
+        elif line.startswith("| `"):
+            name, kind, default, restart, meaning = (cell.strip() for cell in line.strip("|").split(" | "))
+            assert meaning, f"{path} {name} has no meaning"
+            assert (path, name.strip("`")) not in rows, f"{path} {name} stands there twice"
+            rows[path, name.strip("`")] = kind, default, restart
+    return rows
+
+
+def expected(table: type[object]) -> Iterator[tuple[tuple[str, str], tuple[str, str, str]]]:
+    for path, name, entry in walk(table):
+        yield (path, name), (entry.kind.words, default(entry), "yes" if entry.restart else "no")
+
+
+def default(entry: Key) -> str:
+    if entry.is_required:
+        return "required"
+    value = entry.json_default()
+    if isinstance(value, dict) and value:
+        return "defaults"
+    if value is None or value in ({}, []):
+        return "none"
+    if value == "":
+        return '`""`'
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+@pytest.mark.parametrize(("chapter", "table"), [("The balancer", LbConfig), ("A server", ServerKeys)])
+def test_the_page_has_every_key_as_it_is_and_no_other(chapter: str, table: type[object]) -> None:
+    assert tables(chapter) == dict(expected(table))
+
+
+def test_the_messages_on_the_page_are_real(tmp_path: Path) -> None:
+    """The console session at the top: each message is one that the program gives."""
+    from lb.config import load_config
+    from lb.errors import ConfigErrors
+    from tests.files import examples
+
+    path = examples(tmp_path) / "quiclb.yaml"
+    text = path.read_text()
+    for old, new in (
+        ("idle-timeout", "idle-timout"),
+        ("nonce-length: 12", "nonce-length: 3"),
+        ("81d5e47a", "3fa91c02"),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    path.write_text(text)
+    with pytest.raises(ConfigErrors) as caught:
+        load_config(path)
+    session = re.search(r"\$ quiclb check quiclb.yaml\n(.*?)\$ echo", PAGE.read_text(), re.DOTALL)
+    assert session is not None
+    assert session[1].splitlines() == [str(error) for error in caught.value.exceptions]
