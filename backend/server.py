@@ -1,0 +1,356 @@
+"""The server's sockets: which connection a datagram is for, and what is said to one that is for none.
+
+It stands in place of aioquic's `QuicServer` and differs in what a balancer needs: connection IDs are registered when
+they are made, a Retry carries one that can be routed, and a client of a connection that is gone is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from enum import Enum, auto
+from functools import partial
+from typing import cast
+
+from aioquic.asyncio.protocol import QuicConnectionProtocol
+from aioquic.asyncio.server import _encode_invalid_token_close
+from aioquic.buffer import Buffer  # type: ignore[attr-defined]  # not in its __all__
+from aioquic.quic.configuration import SMALLEST_MAX_DATAGRAM_SIZE, QuicConfiguration
+from aioquic.quic.connection import NetworkAddress
+from aioquic.quic.packet import (
+    PACKET_FIXED_BIT,
+    QuicHeader,
+    QuicPacketType,
+    encode_quic_retry,
+    encode_quic_version_negotiation,
+    pull_quic_header,
+)
+from aioquic.quic.retry import QuicRetryTokenHandler
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from backend.routable import Identity, IssuedCid, RoutableConnection
+from lb.address import Address
+from lb.cid import UNROUTABLE, ConnectionId, config_id_of
+from lb.limiter import RateLimiter
+from lb.log import event
+from lb.packet import LONG_HEADER, parse_header
+from lb.reset import reset_datagram, reset_size
+
+log = logging.getLogger(__name__)
+
+# Ours.
+SOCKET_BUFFER = 4 << 20  # octets, as far as net.core.rmem_max lets us: bursts arrive faster than Python reads
+RETIRED_CID_LINGERS = 3.0  # seconds; packets overtaken by RETIRE_CONNECTION_ID are late, not strange
+TOKEN_KEY_LENGTH = 16  # octets
+MAX_CONNECTIONS = 10_000  # about 1.2 GB of aioquic
+
+
+class Outcome(Enum):
+    """What became of a datagram that was for no connection."""
+
+    ACCEPTED = auto()
+    MALFORMED = auto()
+    VERSION_NEGOTIATED = auto()
+    RETRIED = auto()
+    INVALID_TOKEN = auto()
+    NOT_INITIAL = auto()  # a long header, to a connection that does not exist (any more)
+    INITIAL_TOO_SMALL = auto()
+    INITIAL_NOT_AUTHENTIC = auto()
+    TOO_MANY_CONNECTIONS = auto()
+    RESET = auto()
+    NOT_MINE = auto()  # a short header with no connection ID of this server, or one that cannot be reset
+    TOO_SMALL_FOR_RESET = auto()
+    RESET_LIMITED = auto()
+
+
+class RetryTokens(QuicRetryTokenHandler):
+    """Tokens that every process with the same key accepts: they tell the time by the wall clock, not the loop's."""
+
+    def __init__(self, key: bytes, clock: Callable[[], float] = time.time) -> None:
+        super().__init__()
+        self._aead = AESGCM(key)
+        self._clock = clock
+
+    def create(self, address: NetworkAddress, original: bytes, retry_source: bytes) -> bytes:
+        return self.create_token(
+            address=address,
+            original_destination_connection_id=original,
+            retry_source_connection_id=retry_source,
+            now=self._clock(),
+        )
+
+    def original(self, address: NetworkAddress, destination_cid: bytes, token: bytes) -> bytes:
+        """The DCID of the client's first Initial. Raises ValueError if the token is not its for now."""
+        return self.validate_token(address=address, destination_cid=destination_cid, token=token, now=self._clock())
+
+
+class Sockets(asyncio.DatagramTransport):
+    """One socket for each address family, as the one transport that aioquic knows.
+
+    Python's addresses are pairs in IPv4 and quadruples in IPv6, so that an address says which socket reaches it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._by_address_length: dict[int, asyncio.DatagramTransport] = {}
+
+    def add(self, transport: asyncio.DatagramTransport) -> None:
+        self._by_address_length[len(transport.get_extra_info("sockname"))] = transport
+
+    def sendto(self, data: bytes | bytearray | memoryview, addr: NetworkAddress = None) -> None:
+        transport = self._by_address_length[len(addr)]
+        if not transport.is_closing():
+            transport.sendto(data, addr)
+
+    def close(self) -> None:
+        for transport in self._by_address_length.values():
+            transport.close()
+
+
+class Server(asyncio.DatagramProtocol):
+    """Demultiplexes datagrams to connections by DCID; accepts, retries and resets.
+
+    `configuration` must have the identity's connection ID length. With `retry`, clients prove their address first.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        configuration: QuicConfiguration,
+        create_protocol: Callable[[RoutableConnection], QuicConnectionProtocol],
+        limiter: RateLimiter,
+        random: Callable[[int], bytes],
+        *,
+        retry: RetryTokens | None = None,
+        max_connections: int = MAX_CONNECTIONS,
+    ) -> None:
+        self.outcomes: Counter[Outcome] = Counter()
+        self.connections: set[RoutableConnection] = set()
+        self._by_cid: dict[bytes, RoutableConnection] = {}
+        self._identity = identity
+        self._cid_end = 1 + identity.cid_length
+        self._configuration = configuration
+        self._create_protocol = create_protocol
+        self._limiter = limiter
+        self._random = random
+        self._retry = retry
+        self._max_connections = max_connections
+        self._loop = asyncio.get_running_loop()
+        self._sockets = Sockets()
+        self._is_routable = True  # until the generator has no nonces, or nowhere to write them down
+        self._open_sockets = 0
+        self._closed = asyncio.Event()
+
+    async def listen(self, addresses: Iterable[Address]) -> list[Address]:
+        """Bind one socket to each address, of different families; returns them with the ports that were bound.
+
+        Raises OSError.
+        """
+        bound = []
+        for address in addresses:
+            sock = _bind(address)
+            bound.append(Address(*sock.getsockname()[:2]))
+            await self._loop.create_datagram_endpoint(lambda: self, sock=sock)
+        return bound
+
+    async def stop(self) -> None:
+        """Close every connection, with a CONNECTION_CLOSE, and then the sockets."""
+        for connection in list(self.connections):
+            try:
+                connection.protocol.close()
+            except Exception as error:
+                self._failed(connection, error)
+        self._sockets.close()
+        if self._open_sockets:
+            await self._closed.wait()
+
+    # asyncio.DatagramProtocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._sockets.add(cast(asyncio.DatagramTransport, transport))
+        self._open_sockets += 1
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._open_sockets -= 1
+        if not self._open_sockets:
+            self._closed.set()
+
+    def datagram_received(self, data: bytes, addr: NetworkAddress) -> None:
+        is_short = data and not data[0] & LONG_HEADER
+        if is_short:
+            cid = data[1 : self._cid_end]
+        else:
+            header = parse_header(data)
+            cid = header.dcid if header else b""
+        connection = self._by_cid.get(cid)
+        if connection is not None:
+            self._deliver(connection, data, addr)
+        elif is_short:
+            self.outcomes[self._answer_short_header(data, cid, addr)] += 1
+        else:
+            self.outcomes[self._answer_long_header(data, addr)] += 1
+
+    # CidIssuer
+
+    def issue(self, connection: RoutableConnection) -> IssuedCid:
+        cid = self._new_cid()
+        self._by_cid[cid] = connection
+        return IssuedCid(cid, self._identity.reset_token(cid))
+
+    def _new_cid(self) -> ConnectionId:
+        cid = self._identity.new_cid()
+        is_routable = config_id_of(cid) != UNROUTABLE
+        if is_routable != self._is_routable:
+            self._is_routable = is_routable
+            event(log, logging.WARNING, "routable" if is_routable else "not-routable")
+        while cid in self._by_cid:
+            # A nonce came twice (or somebody guessed one): two clients would hold each other's reset token.
+            event(log, logging.ERROR, "cid-collision")
+            cid = self._identity.new_cid()
+        return cid
+
+    def _deliver(self, connection: RoutableConnection, data: bytes, addr: NetworkAddress) -> None:
+        try:
+            connection.protocol.datagram_received(data, addr)
+        except Exception as error:
+            self._failed(connection, error)
+
+    def _answer_short_header(self, data: bytes, cid: bytes, addr: NetworkAddress) -> Outcome:
+        """To a short header: a Stateless Reset, if it was for a connection that this server has had, and lost."""
+        if not data[0] & PACKET_FIXED_BIT:
+            return Outcome.MALFORMED  # we never offer to accept these (RFC 9287)
+        if len(cid) < self._identity.cid_length or not self._identity.may_reset(cid):
+            return Outcome.NOT_MINE
+        size = reset_size(len(data), self._random)
+        if size is None:
+            return Outcome.TOO_SMALL_FOR_RESET
+        if not self._limiter.allow(addr[0], self._loop.time()):
+            return Outcome.RESET_LIMITED
+        self._sockets.sendto(reset_datagram(self._identity.reset_token(cid), size, self._random), addr)
+        return Outcome.RESET
+
+    def _answer_long_header(self, data: bytes, addr: NetworkAddress) -> Outcome:
+        """To a long header: Version Negotiation, a Retry, or a new connection."""
+        invariant = parse_header(data)
+        if invariant is None or invariant.scid is None:
+            return Outcome.MALFORMED
+        version = int.from_bytes(data[1:5])
+        if version == 0:
+            return Outcome.NOT_INITIAL  # a Version Negotiation packet; answered, it could go on for ever
+        if version not in self._configuration.supported_versions:
+            if len(data) < SMALLEST_MAX_DATAGRAM_SIZE:
+                return Outcome.INITIAL_TOO_SMALL
+            versions = self._configuration.supported_versions
+            answer = encode_quic_version_negotiation(invariant.dcid, invariant.scid, versions)
+            self._sockets.sendto(answer, addr)
+            return Outcome.VERSION_NEGOTIATED
+
+        try:
+            header = pull_quic_header(Buffer(data=data))
+        except ValueError:
+            return Outcome.MALFORMED
+        if header.packet_type is not QuicPacketType.INITIAL:
+            return Outcome.NOT_INITIAL
+        if len(data) < SMALLEST_MAX_DATAGRAM_SIZE:
+            return Outcome.INITIAL_TOO_SMALL
+        if self._retry is None:
+            return self._accept(data, addr, header.destination_cid, header.destination_cid, None)
+        if not header.token:
+            self._send_retry(self._retry, header, addr)
+            return Outcome.RETRIED
+        try:
+            original = self._retry.original(addr, header.destination_cid, header.token)
+        except ValueError:
+            self._refuse_token(header, addr)
+            return Outcome.INVALID_TOKEN
+        return self._accept(data, addr, header.destination_cid, original, header.destination_cid)
+
+    def _accept(
+        self, data: bytes, addr: NetworkAddress, dcid: bytes, original: bytes, retry_source: bytes | None
+    ) -> Outcome:
+        """Make a connection of a client's Initial, unless it is garbage."""
+        if len(self.connections) >= self._max_connections:
+            return Outcome.TOO_MANY_CONNECTIONS
+        connection = RoutableConnection(
+            self,
+            configuration=self._configuration,
+            original_destination_connection_id=original,
+            retry_source_connection_id=retry_source,
+        )
+        connection.protocol = protocol = self._create_protocol(connection)
+        protocol._connection_id_retired_handler = partial(self._cid_retired, connection)
+        protocol._connection_terminated_handler = partial(self._terminated, connection)
+        protocol.connection_made(self._sockets)
+        self.connections.add(connection)
+        self._by_cid[dcid] = connection  # the client uses it until it has seen ours
+        self._deliver(connection, data, addr)
+        if not connection.has_started:
+            self._abandon(connection)
+            return Outcome.INITIAL_NOT_AUTHENTIC
+        return Outcome.ACCEPTED
+
+    def _send_retry(self, tokens: RetryTokens, header: QuicHeader, addr: NetworkAddress) -> None:
+        # aioquic's is 8 random octets, which would send the client's next Initial to any backend.
+        scid = self._new_cid()
+        while scid == header.destination_cid:  # the client would discard it (RFC 9000, section 17.2.5.2)
+            scid = self._new_cid()
+        retry = encode_quic_retry(
+            version=cast(int, header.version),
+            source_cid=scid,
+            destination_cid=header.source_cid,
+            original_destination_cid=header.destination_cid,
+            retry_token=tokens.create(addr, header.destination_cid, scid),
+        )
+        self._sockets.sendto(retry, addr)
+
+    def _refuse_token(self, header: QuicHeader, addr: NetworkAddress) -> None:
+        close = _encode_invalid_token_close(
+            version=cast(int, header.version),
+            source_cid=header.destination_cid,
+            destination_cid=header.source_cid,
+        )
+        self._sockets.sendto(close, addr)
+
+    def _cid_retired(self, connection: RoutableConnection, cid: bytes) -> None:
+        self._loop.call_later(RETIRED_CID_LINGERS, self._forget, connection, cid)
+
+    def _terminated(self, connection: RoutableConnection) -> None:
+        # aioquic says so when the closing or draining period is over: from here on its clients get resets.
+        self.connections.discard(connection)
+        self._forget(connection, connection.original_destination_connection_id)
+        if connection._retry_source_connection_id is not None:
+            self._forget(connection, connection._retry_source_connection_id)
+        for cid in connection.cids:
+            self._forget(connection, cid)
+
+    def _forget(self, connection: RoutableConnection, cid: bytes) -> None:
+        if self._by_cid.get(cid) is connection:
+            del self._by_cid[cid]
+
+    def _failed(self, connection: RoutableConnection, error: Exception) -> None:
+        # A bug, aioquic's or ours, costs its connection; the server lives, and a reset tells the client.
+        log.error("connection-failed", exc_info=error)
+        self._abandon(connection)
+
+    def _abandon(self, connection: RoutableConnection) -> None:
+        self._terminated(connection)
+        connection.protocol.connection_lost(None)
+
+
+def _bind(address: Address) -> socket.socket:
+    family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+        if address.is_ipv6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
