@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -12,9 +11,10 @@ from typing import Any
 from lb.address import Address
 from lb.engine import Counters
 from lb.log import event
+from lb.mmsg import raw_address, socket_address
 from lb.returnpath import ReturnPath, ReturnPaths
-from lb.sockets import source_control, upstream_port
-from lb.upstream import PORT_REST, Flow, Flows, Listener, Member, Upstream, most_idle
+from lb.sockets import upstream_port
+from lb.upstream import PORT_REST, Flow, Flows, Key, Listener, Member, Upstream, most_idle
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Nat:
         return len(self._pools[False]) + len(self._pools[True])
 
     def begin(
-        self, listener: Listener, key: Any, client: Any, local: bytes | None, member: Member, now: float
+        self, listener: Listener, key: Key, client: Any, local: bytes | None, member: Member, now: float
     ) -> Flow | None:
         """A new flow; the oldest idle one goes if there is no room. None if there is no port to be had."""
         if self.flows.is_full:
@@ -74,22 +74,22 @@ class Nat:
         upstream = self._port_for(member, now)
         if upstream is None:
             return None
-        flow = Flow(listener, client, local, source_control(local), member, upstream)
+        flow = Flow(listener, key, client, local, member, upstream)
         flow.seen = now
-        self._add(flow, key)
+        self._add(flow)
         self.remember(flow)
         return flow
 
-    def _add(self, flow: Flow, key: Any) -> None:
-        flow.sibling = flow.listener.flows.get(key)
-        flow.listener.flows[key] = flow
-        flow.upstream.flows[flow.member.sockaddr] = flow
+    def _add(self, flow: Flow) -> None:
+        flow.sibling = flow.listener.flows.get(flow.key)
+        flow.listener.flows[flow.key] = flow
+        flow.upstream.flows[flow.member.raw] = flow
         flow.member.flows += 1
         self.flows.add(flow)
 
     def end(self, flow: Flow, now: float) -> None:
-        unlink(flow, flow.client if flow.local is None else (flow.client, flow.local))
-        del flow.upstream.flows[flow.member.sockaddr]
+        unlink(flow)
+        del flow.upstream.flows[flow.member.raw]
         flow.member.flows -= 1
         flow.member.free.append((now, flow.upstream))
         if self._return_paths is not None:
@@ -104,7 +104,7 @@ class Nat:
         while member.next_port < len(pool):
             upstream = pool[member.next_port]
             member.next_port += 1
-            if member.sockaddr not in upstream.flows:
+            if member.raw not in upstream.flows:
                 return upstream
         if self.sockets < self._limits.sockets:
             try:
@@ -135,7 +135,7 @@ class Nat:
             ReturnPath(
                 flow.upstream.address.port,
                 flow.member.address,
-                Address(client[0].partition("%")[0], client[1]),
+                Address(client[0], client[1]),
                 flow.listener.address,
                 client[3] if len(client) > 2 else 0,
                 None if flow.local is None else host_of(flow.local),
@@ -190,16 +190,17 @@ class Nat:
         if listener is None or upstream is None or self.flows.is_full:
             return False
         member = next((m for m in listener.service.members if m.address == path.backend), None)
-        if member is None or member.sockaddr in upstream.flows:
+        if member is None or member.raw in upstream.flows:
             return False
         local = None if path.local is None else _packed(path.local)
-        client = _sockaddr(path.client, path.scope_id)
-        flow = Flow(listener, client, local, source_control(local), member, upstream)
+        client = raw_address(path.client, path.scope_id)
+        key = client if local is None else (client, local)
+        flow = Flow(listener, key, socket_address(client), local, member, upstream)
         flow.seen = now
         flow.cid = path.cid
         flow.established = path.established
-        flow.short_header_seen = path.cid is not None
-        self._add(flow, client if local is None else (client, local))
+        flow.short_header_seen = path.established
+        self._add(flow)
         self.remember(flow)
         return True
 
@@ -209,16 +210,16 @@ class Nat:
         return upstream
 
 
-def bring_forward(flow: Flow, key: Any) -> None:
+def bring_forward(flow: Flow) -> None:
     """Make a flow the first of its client's, the one whose CID is looked at first."""
-    unlink(flow, key)
-    flow.sibling = flow.listener.flows.get(key)
-    flow.listener.flows[key] = flow
+    unlink(flow)
+    flow.sibling = flow.listener.flows.get(flow.key)
+    flow.listener.flows[flow.key] = flow
 
 
-def unlink(flow: Flow, key: Any) -> None:
+def unlink(flow: Flow) -> None:
     """Take a flow out of the chain of its client's."""
-    flows = flow.listener.flows
+    flows, key = flow.listener.flows, flow.key
     before = flows[key]
     if before is flow:
         if flow.sibling is None:
@@ -240,14 +241,3 @@ def host_of(packed: bytes) -> str:
 
 def _packed(host: str) -> bytes:
     return socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
-
-
-def _sockaddr(client: Address, scope_id: int) -> Any:
-    """A client's socket address, as the kernel reports it."""
-    if not client.is_ipv6:
-        return tuple(client)
-    host = client.host
-    if scope_id:
-        with contextlib.suppress(OSError):  # the interface is gone
-            host = f"{host}%{socket.if_indextoname(scope_id)}"
-    return (host, client.port, 0, scope_id)

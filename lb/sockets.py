@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-import struct
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from lb.address import Address
 from lb.engine import Drop
+from lb.mmsg import CONTROL_SPACE, control_messages, raw_address
 
 # linux/udp.h, linux/in.h, linux/in6.h
 SOL_UDP = socket.IPPROTO_UDP
@@ -39,9 +39,9 @@ SO_RCVBUFFORCE = 33
 SO_SNDBUFFORCE = 32
 
 MAX_DATAGRAM = 65536
+NO_SEGMENTS = MAX_DATAGRAM  # what is sent stays in one piece, however long
 MAX_TRAIN_OCTETS = 65000  # one IP packet's worth to the kernel, headers included
 MAX_TRAIN_SEGMENTS = 64
-CONTROL_SPACE = 128  # traffic class, train segment size and destination address
 
 Control = list[tuple[int, int, bytes]]
 NO_CONTROL: Control = []
@@ -49,76 +49,81 @@ NO_CONTROL: Control = []
 _CONGESTED = frozenset((errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM))
 # Reported on whatever is sent next, perhaps to somebody else: an ICMP error that came in before.
 _SOMEBODY_ELSES = frozenset((errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPROTO, errno.EACCES))
-_NO_TRAINS = frozenset((errno.EINVAL, errno.EMSGSIZE, errno.EIO, errno.EOPNOTSUPP))
-_SEGMENT_SIZE = struct.Struct("=H")
+_NO_TRAINS = frozenset((errno.EINVAL, errno.EMSGSIZE, errno.EIO, errno.EOPNOTSUPP, errno.ENOPROTOOPT))
 
 
 class Port:
     """A bound UDP socket and what was last set on it."""
 
-    __slots__ = ("address", "is_ipv6", "recvmsg_into", "sendto", "sock", "tos")
+    __slots__ = ("address", "descriptor", "is_ipv6", "segment", "sendto", "sock", "tos")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.is_ipv6 = sock.family == socket.AF_INET6
         self.address = Address(*sock.getsockname()[:2])
-        self.recvmsg_into = sock.recvmsg_into
+        self.descriptor = sock.fileno()
         self.sendto = sock.sendto
         self.tos = 0
+        self.segment = NO_SEGMENTS
 
     def send(
-        self, views: Sequence[memoryview | bytes], segment: int, tos: int, to: Any, control: Control
+        self,
+        views: Sequence[memoryview | bytes],
+        size: int,
+        count: int,
+        tos: int,
+        to: Any,
+        control: Control,
+        *,
+        last_try: bool = False,
     ) -> str | None:
-        """Send octets to the socket address `to`, as datagrams of `segment` octets each if that is not 0.
+        """Send `count` datagrams of `size` octets, the last one perhaps shorter, to the socket address `to`.
 
         `tos` is the traffic class, ECN bits included. Returns None, or the reason why (some of) it was lost.
         """
         try:
+            # Options, and not control messages: mostly they stay as they are from one train to the next.
             if tos != self.tos:
                 self._set_tos(tos)
-            if segment:
-                self.sock.sendmsg(views, [*control, (SOL_UDP, UDP_SEGMENT, _SEGMENT_SIZE.pack(segment))], 0, to)
-            elif control:
+            if count > 1:
+                if size != self.segment:
+                    self._set_segment(size)
+            elif size > self.segment:
+                self._set_segment(NO_SEGMENTS)
+            if control or len(views) > 1:
                 self.sock.sendmsg(views, control, 0, to)
             else:
                 self.sendto(views[0], to)
         except OSError as error:
-            return self.after(error, views, segment, tos, to, control)
+            if error.errno in _CONGESTED:
+                return Drop.BUFFER_FULL
+            if error.errno in _NO_TRAINS and (count > 1 or self.segment != NO_SEGMENTS):
+                return self._send_singly(views, size, tos, to, control)
+            if error.errno == errno.EMSGSIZE:
+                return Drop.TOO_LARGE
+            if last_try or error.errno not in _SOMEBODY_ELSES:
+                return Drop.UNREACHABLE
+            return self.send(views, size, count, tos, to, control, last_try=True)
         return None
 
     def close(self) -> None:
         self.sock.close()
 
-    def after(
-        self,
-        error: OSError,
-        views: Sequence[memoryview | bytes],
-        segment: int,
-        tos: int,
-        to: Any,
-        control: Control,
+    def _send_singly(
+        self, views: Sequence[memoryview | bytes], size: int, tos: int, to: Any, control: Control
     ) -> str | None:
-        """What became of octets whose sending failed with `error`, and of another try where one makes sense."""
-        if error.errno in _CONGESTED:
-            return Drop.BUFFER_FULL
-        if segment and error.errno in _NO_TRAINS:
-            whole = views[0] if len(views) == 1 else b"".join(views)
-            drops = [self.send([whole[at : at + segment]], 0, tos, to, control) for at in range(0, len(whole), segment)]
-            return next((drop for drop in drops if drop), None)
-        if error.errno == errno.EMSGSIZE:
-            return Drop.TOO_LARGE
-        if error.errno in _SOMEBODY_ELSES:
-            try:
-                self._send_plainly(views, segment, to, control)
-            except OSError as again:
-                return Drop.BUFFER_FULL if again.errno in _CONGESTED else Drop.UNREACHABLE
-            return None
-        return Drop.UNREACHABLE
+        """For a kernel that has no trains, and a path that is too narrow for the segments of the last one."""
+        self.segment = NO_SEGMENTS
+        with contextlib.suppress(OSError):
+            self._set_segment(NO_SEGMENTS)
+        whole = views[0] if len(views) == 1 else b"".join(views)
+        singles = [whole[at : at + size] for at in range(0, len(whole), size or 1)] or [whole]
+        drops = [self.send([single], len(single), 1, tos, to, control) for single in singles]
+        return next((drop for drop in drops if drop), None)
 
-    def _send_plainly(self, views: Sequence[memoryview | bytes], segment: int, to: Any, control: Control) -> None:
-        if segment:
-            control = [*control, (SOL_UDP, UDP_SEGMENT, _SEGMENT_SIZE.pack(segment))]
-        self.sock.sendmsg(views, control, 0, to)
+    def _set_segment(self, size: int) -> None:
+        self.sock.setsockopt(SOL_UDP, UDP_SEGMENT, 0 if size == NO_SEGMENTS else size)
+        self.segment = size
 
     def _set_tos(self, tos: int) -> None:
         level, option = (SOL_IPV6, IPV6_TCLASS) if self.is_ipv6 else (SOL_IP, IP_TOS)
@@ -161,23 +166,23 @@ def upstream_port(is_ipv6: bool, *, buffer: int, port: int = 0) -> Port:
     return Port(sock)
 
 
-def read_errors(port: Port) -> list[Any]:
-    """The socket addresses of datagrams for which ICMP errors have come back, oldest first; empties the queue."""
+def read_errors(port: Port) -> list[bytes]:
+    """The addresses, as the kernel has them, to which datagrams were sent that ICMP errors have come back for."""
     addresses = []
     for _ in range(MAX_TRAIN_SEGMENTS):
         try:
             _, _, _, to = port.sock.recvmsg(0, CONTROL_SPACE, MSG_ERRQUEUE)
         except OSError:
             break
-        addresses.append(to)
+        addresses.append(raw_address(Address(*to[:2])))
     return addresses
 
 
-def read_control(control: Control) -> tuple[int, int, bytes | None]:
+def read_control(octets: bytes) -> tuple[int, int, bytes | None]:
     """Segment size of a train (0 for a single datagram), traffic class, and packed address that it came to."""
     segment = tos = 0
     local = None
-    for level, kind, value in control:
+    for level, kind, value in control_messages(octets):
         if level == SOL_UDP and kind == UDP_GRO:
             segment = int.from_bytes(value, sys.byteorder)
         elif level == SOL_IP and kind == IP_TOS:

@@ -17,28 +17,27 @@ import select
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
-from typing import Any
 
 from lb.address import Address
 from lb.engine import Counters, Drop, Suspect
+from lb.mmsg import Batch, socket_address
 from lb.nat import Nat, UdpLimits, bring_forward, host_of
+from lb.packet import parse_header
 from lb.returnpath import ReturnPaths
 from lb.router import Verdict
 from lb.routing import FourTuple, RoutingTable
 from lb.sockets import (
-    CONTROL_SPACE,
     MAX_DATAGRAM,
     MAX_TRAIN_OCTETS,
     MAX_TRAIN_SEGMENTS,
     NO_CONTROL,
-    Control,
     Port,
     listening_port,
     read_control,
     read_errors,
     source_control,
 )
-from lb.upstream import ENDED, NO_SHORTCUT, OTHER, Flow, Listener, Member, RunningService, ServicePolicy, Upstream
+from lb.upstream import ENDED, NO_SHORTCUT, OTHER, Flow, Key, Listener, Member, RunningService, ServicePolicy, Upstream
 
 LONG_HEADER = 0x80  # RFC 8999, section 5.1
 
@@ -83,8 +82,7 @@ class UdpEngine:
         self._farewells: deque[Flow] = deque()
         self._pushing = False
         self._timers: set[asyncio.TimerHandle] = set()
-        self._buffers = [bytearray(MAX_DATAGRAM) for _ in range(BATCH)]
-        self._views = [memoryview(buffer) for buffer in self._buffers]
+        self._batch = Batch(BATCH, MAX_DATAGRAM)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._epoll: select.epoll | None = None
         self._readable: dict[int, Callable[[], None]] = {}
@@ -170,31 +168,27 @@ class UdpEngine:
         """Drain a listening socket.
 
         Datagrams that take the shortcut are gathered into a run while they are of one flow, size and traffic class,
-        and sent when the next one is not. Every receive of a turn has a buffer of its own, so that a run is views
+        and sent when the next one is not. Every receive of a batch has a buffer of its own, so that a run is views
         into them. Written out flat: at this rate a call costs as much as a look at a CID.
         """
         now = self._now()
-        buffers, views = self._buffers, self._views
         flows = listener.flows
-        receive = listener.port.recvmsg_into
-        said: Control | None = None  # the control messages that were read last: mostly they are the same again
-        segment = tos = 0
+        said = b""  # the control messages that were read last: mostly they are the same again
+        said_length = segment = tos = 0
         local: bytes | None = None
         run: list[memoryview] = []
         run_flow: Flow | None = None
         run_segment = run_tos = run_octets = run_count = 0
         run_open = False
 
-        for buffer, view in zip(buffers, views, strict=True):
-            try:
-                size, control, _, client = receive((buffer,), CONTROL_SPACE)
-            except BlockingIOError:
-                break
-            except OSError:
-                continue  # an ICMP error from a client; it is the client's to repair
-            if control != said:
-                segment, tos, local = read_control(control)
-                said = control
+        try:
+            batch = self._batch.receive(listener.port.descriptor, listener.port.is_ipv6)
+        except OSError:
+            return  # an ICMP error from a client; it is the client's to repair
+        for (length, size), (client,), (control,), buffer, view in batch:
+            if control != said or length != said_length:
+                segment, tos, local = read_control(control[:length])
+                said, said_length = control, length
             flow = flows.get(client if local is None else (client, local))
 
             # The shortcut: short headers with the very CID that the flow carried last.
@@ -241,23 +235,14 @@ class UdpEngine:
             self._send_up(run_flow, run, run_count, run_segment, run_tos)
 
     def _send_up(self, flow: Flow, run: list[memoryview], count: int, segment: int, tos: int) -> None:
-        upstream = flow.upstream
-        if count == 1 and tos == upstream.tos:
-            try:
-                upstream.sendto(run[0], flow.member.sockaddr)
-            except OSError as error:
-                drop = upstream.after(error, run, 0, tos, flow.member.sockaddr, NO_CONTROL)
-            else:
-                return
-        else:
-            drop = upstream.send(run, segment if count > 1 else 0, tos, flow.member.sockaddr, NO_CONTROL)
+        drop = flow.upstream.send(run, segment, count, tos, flow.member.sockaddr, NO_CONTROL)
         if drop is not None:
             self._counters.failures[drop] += count
 
     def _ask(
         self,
         listener: Listener,
-        client: Any,
+        client: bytes,
         local: bytes | None,
         received: memoryview,
         segment: int,
@@ -286,7 +271,7 @@ class UdpEngine:
                 flow.seen = now
                 flow.member.by_config[config] += count
                 flow.member.octets_to += stop - start
-                self._send_up(flow, [received[start:stop]], count, segment, tos)
+                self._send_up(flow, [received[start:stop]], count, segment if count > 1 else stop - start, tos)
             start = stop
             if start >= size:
                 return
@@ -294,8 +279,8 @@ class UdpEngine:
     def _admit(
         self,
         listener: Listener,
-        key: Any,
-        client: Any,
+        key: Key,
+        client: bytes,
         local: bytes | None,
         head: Flow | None,
         datagram: bytes,
@@ -305,7 +290,8 @@ class UdpEngine:
         service = listener.service
         router, counters = service.router, service.counters
         host = listener.address.host if local is None else host_of(local)
-        four_tuple = FourTuple(client[0], client[1], host, listener.address.port)
+        where = socket_address(client)
+        four_tuple = FourTuple(where[0], where[1], host, listener.address.port)
         verdict, backend, config_id, unroutable, reply = router.route(datagram, four_tuple, now)
         if unroutable is not None:
             counters.unroutable[unroutable] += 1
@@ -315,7 +301,7 @@ class UdpEngine:
                 service.by_config_down[config_id] += 1
         if backend is None:
             if reply is not None:
-                drop = listener.port.send([reply], 0, 0, client, source_control(local))
+                drop = listener.port.send([reply], len(reply), 1, 0, where, source_control(local))
                 if drop is not None:
                     self._counters.failures[drop] += 1
             return None, OTHER
@@ -327,7 +313,7 @@ class UdpEngine:
         is_short = datagram[0] < LONG_HEADER
         by_cid = verdict is Verdict.CID or verdict is Verdict.CID_DOWN
         if flow is None:
-            flow = self._nat.begin(listener, key, client, local, member, now)
+            flow = self._nat.begin(listener, key, where, local, member, now)
             if flow is None:
                 self._counters.failures[Drop.NO_SOCKET] += 1
                 if verdict is Verdict.CID and config_id is not None:
@@ -338,19 +324,18 @@ class UdpEngine:
                 if router.table.fallback(four_tuple) != backend:
                     counters.rescued += 1
         elif flow is not head:
-            bring_forward(flow, key)
-        if not is_short:
-            return flow, config_id if verdict is Verdict.CID and config_id is not None else OTHER
-
-        flow.short_header_seen = True
+            bring_forward(flow)
+        if is_short:
+            flow.short_header_seen = True
         if not by_cid or config_id is None:
             return flow, OTHER
-        cid = router.table.whole_cid(datagram[1:])
-        if cid is not None:
-            if cid != flow.cid:
+        if is_short or flow.cid is None:
+            # A long header's CID will do until a short one comes: its client may have got no further.
+            cid = router.table.whole_cid(datagram[1:] if is_short else _dcid(datagram))
+            if cid is not None and cid != flow.cid:
                 flow.cid = cid
                 self._nat.remember(flow)
-            if verdict is Verdict.CID:
+            if is_short and cid is not None and verdict is Verdict.CID:
                 flow.shortcut = cid
                 flow.config_id = config_id
         return flow, config_id if verdict is Verdict.CID else OTHER
@@ -360,29 +345,23 @@ class UdpEngine:
     def _on_backends(self, upstream: Upstream) -> None:
         """Drain a port towards backends; runs as in `_on_clients`."""
         now = self._now()
-        buffers, views = self._buffers, self._views
         flows = upstream.flows
-        receive = upstream.recvmsg_into
+        said = b""
+        said_length = segment = tos = 0
         run: list[memoryview] = []
         run_flow: Flow | None = None
         run_segment = run_tos = run_octets = run_count = 0
         run_open = False
-        said: Control | None = None
-        segment = tos = 0
 
-        for index, (buffer, view) in enumerate(zip(buffers, views, strict=True)):
-            try:
-                size, control, _, peer = receive((buffer,), CONTROL_SPACE)
-            except BlockingIOError:
-                if index == 0:
-                    self._on_errors(upstream)
-                break
-            except OSError:
-                self._on_errors(upstream)
-                continue
-            if control != said:
-                segment, tos, _ = read_control(control)
-                said = control
+        try:
+            batch = self._batch.receive(upstream.descriptor, upstream.is_ipv6)
+        except OSError:
+            self._on_errors(upstream)
+            return
+        for (length, size), (peer,), (control,), _, view in batch:
+            if control != said or length != said_length:
+                segment, tos, _local = read_control(control[:length])
+                said, said_length = control, length
             step, count = (segment, -(-size // segment)) if segment else (size, 1)
             flow = flows.get(peer)
             if flow is None:
@@ -417,14 +396,14 @@ class UdpEngine:
             self._send_down(run_flow, run, run_count, run_segment, run_tos)
 
     def _send_down(self, flow: Flow, run: list[memoryview], count: int, segment: int, tos: int) -> None:
-        drop = flow.listener.port.send(run, segment if count > 1 else 0, tos, flow.client, flow.control)
+        drop = flow.listener.port.send(run, segment, count, tos, flow.client, flow.control)
         if drop is not None:
             self._counters.failures[drop] += count
 
     def _on_errors(self, upstream: Upstream) -> None:
         """ICMP has come back for something that was sent. It decides nothing, but it is worth a look."""
-        for address in read_errors(upstream):
-            flow = upstream.flows.get(address)
+        for raw in read_errors(upstream):
+            flow = upstream.flows.get(raw)
             if flow is not None:
                 flow.member.unreachable += 1
                 self._suspect(flow.member.service, flow.member.name)
@@ -542,7 +521,7 @@ class UdpEngine:
             reset = service.router.farewell(flow.cid) if flow.number != ENDED and flow.cid is not None else None
             if reset is None:
                 continue
-            drop = flow.listener.port.send([reset], 0, 0, flow.client, flow.control)
+            drop = flow.listener.port.send([reset], len(reset), 1, 0, flow.client, flow.control)
             if drop is None:
                 service.counters.resets_pushed += 1
             else:
@@ -561,3 +540,8 @@ def all_of(cid: bytes, buffer: bytearray, size: int, segment: int) -> bool:
     if (size - 1) % segment < len(cid) or not buffer[:size:segment].isascii():  # no first octet has its high bit set
         return False
     return all(map(buffer.startswith, repeat(cid), range(1, size, segment)))
+
+
+def _dcid(datagram: bytes) -> bytes:
+    header = parse_header(datagram)
+    return header.dcid if header is not None else b""

@@ -12,9 +12,13 @@ from typing import Any
 
 from lb.address import Address
 from lb.engine import BackendCounters, ServiceCounters
+from lb.mmsg import raw_address
 from lb.router import Router, RouterLimits, Verdict
 from lb.routing import RoutingTable
-from lb.sockets import Port
+from lb.sockets import Port, source_control
+
+# A client by its socket address, as the kernel has it; for wildcard listeners, and the address that it sent to.
+Key = bytes | tuple[bytes, bytes]
 
 # Longer than any datagram, so that no datagram can begin with it.
 NO_SHORTCUT = bytes(65536)
@@ -68,8 +72,8 @@ class Listener:
         self.port = port
         self.service = service
         self.wildcard = address.is_wildcard
-        # The flow that a client used last; its others hang on `sibling`. Wildcards have (client, local address) as key.
-        self.flows: dict[Any, Flow] = {}
+        # The flow that a client used last; its others hang on `sibling`.
+        self.flows: dict[Key, Flow] = {}
 
 
 class Member:
@@ -85,6 +89,7 @@ class Member:
         "next_port",
         "octets_from",
         "octets_to",
+        "raw",
         "service",
         "silent",
         "sockaddr",
@@ -96,6 +101,7 @@ class Member:
         self.name = name
         self.address = address
         self.sockaddr: Any = (address.host, address.port, 0, 0) if address.is_ipv6 else tuple(address)
+        self.raw = raw_address(address)
         self.by_config = [0] * (OTHER + 1)  # datagrams to it: with the verdict CID by config ID, all others at OTHER
         self.octets_to = self.datagrams_from = self.octets_from = 0
         self.flows = self.unreachable = 0
@@ -142,7 +148,7 @@ class Upstream(Port):
 
     def __init__(self, port: Port) -> None:
         super().__init__(port.sock)
-        self.flows: dict[Any, Flow] = {}
+        self.flows: dict[bytes, Flow] = {}
 
 
 class Flow:
@@ -154,6 +160,7 @@ class Flow:
         "config_id",
         "control",
         "established",
+        "key",
         "listener",
         "local",
         "member",
@@ -166,18 +173,19 @@ class Flow:
     )
 
     def __init__(
-        self, listener: Listener, client: Any, local: bytes | None, control: Any, member: Member, upstream: Upstream
+        self, listener: Listener, key: Key, client: Any, local: bytes | None, member: Member, upstream: Upstream
     ) -> None:
         self.listener = listener
-        self.client = client  # socket address
+        self.key = key  # in `listener.flows`
+        self.client = client  # its socket address
         self.local = local  # packed address that the client sent to, for wildcard listeners
-        self.control = control  # what makes replies leave from there
+        self.control = source_control(local)  # what makes replies leave from there
         self.member = member
         self.upstream = upstream
         self.sibling: Flow | None = None  # the same client's flow to another backend
         self.number = ENDED
         self.seen = 0.0
-        self.cid: bytes | None = None  # the last routable CID that a short header carried
+        self.cid: bytes | None = None  # the last routable CID that it carried
         self.shortcut = NO_SHORTCUT  # equal to `cid` while the table that routed it is in force
         self.config_id = 0
         self.short_header_seen = False
@@ -259,7 +267,7 @@ def most_idle(member: Member, upstreams: Sequence[Upstream], start: int) -> Flow
     """A flow of one backend to give up, so that another may have its port: young ones first, from a sample."""
     sample = []
     for offset in range(len(upstreams)):
-        flow = upstreams[(start + offset) % len(upstreams)].flows.get(member.sockaddr)
+        flow = upstreams[(start + offset) % len(upstreams)].flows.get(member.raw)
         if flow is not None:
             sample.append(flow)
             if len(sample) >= SAMPLE:

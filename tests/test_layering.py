@@ -29,7 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checks",),
     ("config", "server_config"),
     ("engine", "healthcheck"),
-    ("sockets", "returnpath", "highwater", "httpserver"),
+    ("mmsg", "returnpath", "highwater", "httpserver"),
+    ("sockets",),
     ("upstream",),
     ("nat",),
     ("udp", "health", "metrics"),
@@ -61,6 +62,7 @@ FENCED = {
     "yaml": {"document"},
     "uvloop": {"control", "workers"},
     "prometheus_client": {"metrics"},
+    "ctypes": {"mmsg"},
 }
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 

@@ -159,8 +159,8 @@ def test_datagrams_are_never_fragmented_and_too_long_ones_are_named() -> None:
         port = upstream_port(is_ipv6, buffer=1 << 20)
         to = (host, 9, 0, 0) if is_ipv6 else (host, 9)
         assert port.sock.getsockopt(*option) == 3  # PROBE: DF is set
-        assert port.send([bytes(65530)], 0, 0, to, []) == Drop.TOO_LARGE
-        assert port.send([bytes(60000)], 60000, 0, to, []) is None
+        assert port.send([bytes(65530)], 65530, 1, 0, to, []) == Drop.TOO_LARGE
+        assert port.send([bytes(60000)], 60000, 1, 0, to, []) is None
         port.close()
 
 
@@ -169,10 +169,26 @@ def test_a_train_that_the_kernel_refuses_leaves_singly() -> None:
     with udp_socket() as receiver:
         port = upstream_port(False, buffer=1 << 20)
         views = [bytes([i]) * 10 for i in range(200)]
-        drop = port.send(views, 10, 0, receiver.getsockname(), [])
+        drop = port.send(views, 10, 200, 0, receiver.getsockname(), [])
 
         assert drop is None
         assert [receiver.recv(100) for _ in views] == views
+        port.close()
+
+
+def test_datagrams_of_every_size_leave_whole_after_trains_of_another() -> None:
+    """A train leaves its segment size on the socket; what follows must not be cut by it, nor refused for it."""
+    with udp_socket() as receiver:
+        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        port = upstream_port(False, buffer=1 << 20)
+        to = receiver.getsockname()
+        sent = []
+        for size, count in ((1200, 4), (1300, 1), (600, 3), (600, 1), (599, 1), (601, 1), (1200, 2), (7, 1), (9000, 1)):
+            datagrams = [os.urandom(size) for _ in range(count)]
+            assert port.send([b"".join(datagrams)], size, count, 0, to, []) is None
+            sent += datagrams
+
+        assert [receiver.recv(65536) for _ in sent] == sent
         port.close()
 
 
@@ -273,10 +289,22 @@ def test_pushed_resets_are_paced_and_stop_if_the_server_rises() -> None:
             client.close()
 
 
-def test_a_handshake_that_never_used_a_short_header_is_not_told() -> None:
+def test_a_client_that_got_no_further_than_long_headers_is_told_too() -> None:
+    """Its last flight may have been a Handshake and a 1-RTT packet in one datagram, and that begins with a long header."""
     with Fleet() as fleet, fleet.client() as client:
-        fleet.round_trip(client, long(fleet.cid(1), b"scid"), 1)
+        cid = fleet.cid(1)
+        fleet.round_trip(client, long(cid, b"scid"), 1)
         fleet.apply(fleet.table(["b1"], b1=DOWN))
+
+        assert client.recv(2000)[-16:] == reset_token(server_reset_key(RESET_KEY, 0, server_id(1)), cid)  # type: ignore[arg-type]
+
+
+def test_a_client_whose_cids_were_its_own_choice_is_told_nothing() -> None:
+    with Fleet() as fleet, fleet.client() as client:
+        home = fleet.table().fallback(FourTuple("127.0.0.1", client.getsockname()[1], *fleet.vip))
+        assert home is not None
+        fleet.round_trip(client, long(b"chosen!!", b"scid"), home)
+        fleet.apply(fleet.table([f"b{home}"], **{f"b{home}": DOWN}))
 
         assert quiet(client)
 
@@ -461,7 +489,7 @@ def test_a_backend_with_another_address_is_another_backend() -> None:
 def test_a_port_hears_of_icmp_without_being_connected() -> None:
     port = upstream_port(False, buffer=1 << 20)
     nowhere = ("127.0.0.1", free_port())
-    assert port.send([b"anybody?"], 0, 0, nowhere, []) is None
+    assert port.send([b"anybody?"], 8, 1, 0, nowhere, []) is None
     data, _, _, to = eventually(lambda: _error(port.sock))
 
     assert (data, to) == (b"", nowhere)

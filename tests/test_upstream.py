@@ -12,14 +12,14 @@ MEMBER = Member("web", "b0", Address("192.0.2.1", 443))
 
 class FakeUpstream:
     def __init__(self) -> None:
-        self.flows: dict[Any, Flow] = {}
+        self.flows: dict[bytes, Flow] = {}
 
 
 def flow(seen: float, *, established: bool = True) -> Flow:
     upstream = FakeUpstream()
-    made = Flow(cast("Any", None), ("198.51.100.1", 1), None, [], MEMBER, cast("Upstream", upstream))
+    made = Flow(cast("Any", None), b"client", ("198.51.100.1", 1), None, MEMBER, cast("Upstream", upstream))
     made.seen, made.established = seen, established
-    upstream.flows[MEMBER.sockaddr] = made
+    upstream.flows[MEMBER.raw] = made
     return made
 
 

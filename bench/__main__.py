@@ -1,0 +1,154 @@
+"""`python -m bench`: run all parts, or those that are named, and print one report."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from bench import dataplane, decision, memory, report
+from bench.balancers import BenchError, NginxError, find_nginx
+from bench.load import pinned_to_load_core
+from bench.machine import RESULTS, describe, obstacle
+from bench.report import Section
+
+PARTS = ("decision", "dataplane", "memory")
+EXIT_OK, EXIT_WRONG, EXIT_USAGE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns an exit status: 1 if a packet was misrouted or a part did not work; never for being slow."""
+    options = _parser().parse_args(arguments)
+    parts = options.parts or list(PARTS)
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        print(f"bench: no part {', '.join(unknown)}: expected {', '.join(PARTS)}", file=sys.stderr)
+        return EXIT_USAGE
+    signal.signal(signal.SIGTERM, _leave)  # so that namespaces and processes go, as on Ctrl-C
+
+    machine = describe() | {"command": shlex.join(["python", "-m", "bench", *(arguments or sys.argv[1:])])}
+    sections = [report.machine_section(machine)]
+    data: dict[str, object] = {"machine": machine}
+    with tempfile.TemporaryDirectory(prefix="quiclb-bench-") as directory:
+        for part in parts:
+            part_sections, data[part] = _PARTS[part](options, Path(directory))
+            sections += part_sections
+
+    write = report.as_markdown if options.markdown else report.as_text
+    print()
+    print("\n".join(map(write, sections)))
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}.json"
+    path.write_text(json.dumps(report.as_data(data), indent=2) + "\n")
+    _say(f"everything measured is in {path}")
+    return EXIT_WRONG if any(section.wrong for section in sections) else EXIT_OK
+
+
+def _decision(options: argparse.Namespace, _directory: Path) -> tuple[list[Section], object]:
+    _say("decision: half a minute")
+    costs = decision.measure(rounds=3 * options.rounds, calls=options.calls)
+    return [report.decision_section(costs)], costs
+
+
+def _dataplane(options: argparse.Namespace, directory: Path) -> tuple[list[Section], object]:
+    title = "CPU time per packet"
+    if why := obstacle():
+        return [report.skipped(title, why)], None
+    offers = {"busy": dataplane.busy(options.window), "paced": dataplane.paced(options.rate)}
+    plan = dataplane.Plan(
+        tuple(offers[name] for name in options.offers), tuple(options.loads), options.rounds, options.seconds
+    )
+    try:
+        nginx = find_nginx()
+    except NginxError as error:
+        _say(f"no nginx to compare with: {error}")
+        nginx = None
+    runs = plan.rounds * len(plan.offers) * len(plan.loads) * 3
+    _say(f"dataplane: about {runs * (plan.seconds + 1) / 60:.0f} min")
+    place = directory / "dataplane"
+    place.mkdir()
+    try:
+        with pinned_to_load_core():
+            cells = dataplane.measure(plan, nginx, options.quiclb, place, _say)
+    except BenchError as error:
+        return [report.failed(title, str(error))], None
+    return [report.dataplane_section(cells, offer, plan) for offer in plan.offers], cells
+
+
+def _memory(options: argparse.Namespace, directory: Path) -> tuple[list[Section], object]:
+    title = "Memory per flow"
+    if why := obstacle():
+        return [report.skipped(title, why)], None
+    _say("memory: half a minute")
+    place = directory / "memory"
+    place.mkdir()
+    try:
+        with pinned_to_load_core():
+            footprints = memory.measure(options.quiclb, place, _say, options.flows)
+    except BenchError as error:
+        return [report.failed(title, str(error))], None
+    return [report.memory_section(footprints)], footprints
+
+
+_PARTS = {"decision": _decision, "dataplane": _dataplane, "memory": _memory}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="What quiclb costs: per routing decision, per packet beside nginx, and per flow. "
+        "The last two need root and two cores; without, they say so and are skipped.",
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all if none is named")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as docs/performance.md has them")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="length of one data plane run (default: 1.5)")
+    parser.add_argument(
+        "--offers",
+        nargs="+",
+        choices=["busy", "paced"],
+        default=["busy", "paced"],
+        help="how data plane loads are offered: enough to keep the balancer busy, at a rate (default: both)",
+    )
+    parser.add_argument("--window", type=int, default=64, help="busy: datagrams under way; 0: no bound (default: 64)")
+    parser.add_argument("--rate", type=int, default=100_000, help="paced: datagrams per second (default: 100000)")
+    parser.add_argument("--calls", type=int, default=20_000, help="decisions per round (default: 20000)")
+    parser.add_argument(
+        *("--loads", "-l"),
+        nargs="+",
+        choices=list(dataplane.TITLES),
+        default=list(dataplane.TITLES),
+        help="data plane loads (default: all)",
+    )
+    parser.add_argument(
+        "--flows", type=int, nargs="+", default=list(memory.FLOW_COUNTS), help="flow counts of the memory part"
+    )
+    parser.add_argument(
+        "--quiclb",
+        type=shlex.split,
+        metavar="COMMAND",
+        help="what to start, as in COMMAND run -c FILE (default: the quiclb beside this Python)",
+    )
+    return parser
+
+
+def _say(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

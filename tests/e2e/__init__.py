@@ -1,0 +1,1 @@
+"""Real clients, real backends, a real balancer, real sockets."""
