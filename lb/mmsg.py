@@ -18,7 +18,7 @@ from typing import Any
 
 from lb.address import Address
 
-CONTROL_SPACE = 128  # traffic class, train segment size and destination address
+CONTROL_SPACE = 96  # traffic class, train segment size and destination address
 _SOCKADDR_IN6 = 28  # octets; the longest address
 _NAME_STRIDE = 32
 

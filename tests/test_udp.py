@@ -290,7 +290,7 @@ def test_pushed_resets_are_paced_and_stop_if_the_server_rises() -> None:
 
 
 def test_a_client_that_got_no_further_than_long_headers_is_told_too() -> None:
-    """Its last flight may have been a Handshake and a 1-RTT packet in one datagram, and that begins with a long header."""
+    """Its last flight may have been a Handshake and a 1-RTT packet in one datagram: a long header comes first."""
     with Fleet() as fleet, fleet.client() as client:
         cid = fleet.cid(1)
         fleet.round_trip(client, long(cid, b"scid"), 1)
