@@ -45,7 +45,7 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if self.is_ipv6 else f"{self.host}:{self.port}"
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def packed(host: str) -> bytes:
     """The 16 octets of an address; IPv4 as an IPv4-mapped IPv6 address (RFC 4291, section 2.5.5.2)."""
     if ":" not in host:

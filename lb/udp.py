@@ -335,8 +335,8 @@ class UdpEngine:
             if cid is not None and cid != flow.cid:
                 flow.cid = cid
                 self._nat.remember(flow)
-            if is_short and cid is not None and verdict is Verdict.CID:
-                flow.shortcut = cid
+            if is_short and flow.cid is not None and cid is not None and verdict is Verdict.CID:
+                flow.shortcut = flow.cid  # the same object, not an equal one: flows are many
                 flow.config_id = config_id
         return flow, config_id if verdict is Verdict.CID else OTHER
 

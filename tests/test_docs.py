@@ -78,3 +78,24 @@ def test_the_messages_on_the_page_are_real(tmp_path: Path) -> None:
     session = re.search(r"\$ quiclb check quiclb.yaml\n(.*?)\$ echo", PAGE.read_text(), re.DOTALL)
     assert session is not None
     assert session[1].splitlines() == [str(error) for error in caught.value.exceptions]
+
+
+def test_the_readmes_configuration_is_one(tmp_path: Path) -> None:
+    from lb.config import load_config
+    from tests.files import write_keys
+
+    readme = (PAGE.parent.parent / "README.md").read_text()
+    (configuration,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    write_keys(tmp_path)
+    (tmp_path / "quiclb.yaml").write_text(configuration)
+    config = load_config(tmp_path / "quiclb.yaml")
+
+    assert [backend.name for backend in config.services[0].service.backends] == ["a", "b", "c"]
+    assert config.services[0].service.cid_slots[0].config.algorithm == "single-pass"
+
+
+def test_every_link_between_the_pages_leads_somewhere() -> None:
+    root = PAGE.parent.parent
+    for page in (*root.glob("*.md"), *root.glob("docs/*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]*)#?[^)]*\)", page.read_text()):
+            assert not target or (page.parent / target).exists(), f"{page.name}: {target}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import http.client
 import itertools
 import logging
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -284,7 +286,7 @@ def test_two_servers_of_one_process_do_not_share_a_registry() -> None:
 
 
 def test_promtool_has_nothing_to_say() -> None:
-    promtool = shutil.which("promtool")
+    promtool = shutil.which("promtool", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if promtool is None:
         pytest.skip("promtool (of Debian's prometheus) is not installed")
     server = MetricsServer(LOOPBACK, snapshot)
