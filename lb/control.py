@@ -37,6 +37,7 @@ EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 # Ours.
 SPARE_DESCRIPTORS = 64  # for the event loop, metrics and files
 PROBE_DESCRIPTORS = 6  # per backend, at most
+APPLY_AGAIN = 1.0  # seconds from tables that the engine did not take to the next attempt
 SNAPSHOT_PATIENCE = 2.0  # seconds that a scrape waits for the engine
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ def run(path: Path) -> int:
             print(error, file=sys.stderr)
         return EXIT_CONFIG
     log.configure(config.log.format, config.log.level)
+    # Whoever asks for a reload before there is anything to reload is to wait, and not to end us.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(Balancer(path, config).run())
@@ -79,7 +82,9 @@ class Balancer:
     async def run(self) -> None:
         """Raises OSError if an address cannot be listened on."""
         loop = asyncio.get_running_loop()
-        await self._engine.start(await self._build(self._config.services))
+        tables = await self._build(self._config.services)
+        await self._engine.start(list(tables.values()))
+        self._tables = tables
         metrics = None
         try:
             if self._config.admin is not None:
@@ -88,6 +93,7 @@ class Balancer:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._stop.set)
             loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
             self._health.start()
             refreshing = asyncio.create_task(self._keep_fresh())
             event(
@@ -120,7 +126,7 @@ class Balancer:
                 if refused:
                     raise ConfigErrors("reload", refused)
                 self._engine.set_policies(_policies(config))
-                await self._engine.apply(await self._build(config.services))
+                await self._apply(config.services)
             except (ConfigErrors, OSError) as error:
                 self._engine.set_policies(_policies(self._config))
                 self._reloads["refused"] += 1
@@ -158,32 +164,29 @@ class Balancer:
             return_paths=return_paths(0),
         )
 
-    async def _build(self, services: Sequence[ServiceConfig]) -> list[RoutingTable]:
+    async def _apply(self, services: Sequence[ServiceConfig]) -> None:
+        """Have the engine obey what configuration and health say now. Raises OSError, with nothing changed."""
+        tables = await self._build(services)
+        await self._engine.apply(list(tables.values()))
+        before, self._tables = self._tables, tables
+        for name, table in tables.items():
+            _say_if_failing_open(name, before.get(name), table)
+
+    async def _build(self, services: Sequence[ServiceConfig]) -> dict[str, RoutingTable]:
         """Tables from configuration and health. A new ring takes a while: not on the loop that moves packets."""
         loop = asyncio.get_running_loop()
-        tables = []
+        tables = {}
         for config in services:
             service = config.service
-            states, dead = self._health.states(service.name), self._health.dead(service.name)
-            table = await loop.run_in_executor(None, RoutingTable.build, service, _with_drains(config, states), dead)
-            tables.append(table)
-            self._say_if_failing_open(service.name, table)
-        self._tables = {table.service.name: table for table in tables}
-        return tables
-
-    def _say_if_failing_open(self, name: str, table: RoutingTable) -> None:
-        before = self._tables.get(name)
-        was_open = before is not None and before.fail_open
-        if table.fail_open and not was_open:
-            event(
-                logger,
-                logging.ERROR,
-                "fail-open",
-                service=name,
-                meaning="every backend fails its health checks; forwarding to all of them all the same, resets off",
+            states, before = self._health.states(service.name), self._tables.get(service.name)
+            if before is not None and before.fail_open and BackendState.ACTIVE in states.values():
+                # One backend is back, the others will be asked in a moment. Nobody is dead until they have been.
+                self._health.doubt(service.name)
+            dead = self._health.dead(service.name)
+            tables[service.name] = await loop.run_in_executor(
+                None, RoutingTable.build, service, _with_drains(config, states), dead
             )
-        elif was_open and not table.fail_open:
-            event(logger, logging.INFO, "fail-open-over", service=name)
+        return tables
 
     def _on_health(self, _service: str) -> None:
         self._stale.set()
@@ -197,8 +200,13 @@ class Balancer:
         while True:
             await self._stale.wait()
             self._stale.clear()
-            async with self._changing:
-                await self._engine.apply(await self._build(self._config.services))
+            try:
+                async with self._changing:
+                    await self._apply(self._config.services)
+            except Exception:  # whatever it is, it must not be the last that the engine hears of the health checks
+                logger.exception("the tables stay as they are, for now")
+                self._stale.set()
+                await asyncio.sleep(APPLY_AGAIN)
 
     def _snapshot(self, loop: asyncio.AbstractEventLoop) -> Snapshot:
         """For the metrics thread. Raises TimeoutError if the engine does not answer in time."""
@@ -216,6 +224,20 @@ class Balancer:
             reloads=dict(self._reloads),
             reloaded_at=self._reloaded_at,
         )
+
+
+def _say_if_failing_open(name: str, before: RoutingTable | None, table: RoutingTable) -> None:
+    was_open = before is not None and before.fail_open
+    if table.fail_open and not was_open:
+        event(
+            logger,
+            logging.ERROR,
+            "fail-open",
+            service=name,
+            meaning="every backend fails its health checks; forwarding to all of them all the same, resets off",
+        )
+    elif was_open and not table.fail_open:
+        event(logger, logging.INFO, "fail-open-over", service=name)
 
 
 def default_runtime_directory() -> Path:
@@ -266,9 +288,9 @@ def _policies(config: LbConfig) -> dict[str, ServicePolicy]:
 
 def _with_drains(config: ServiceConfig, states: Mapping[str, BackendState]) -> dict[str, BackendState]:
     """Health has the last word: a backend that is drained may still die."""
-    return {
-        name: BackendState.DRAINING if state is BackendState.ACTIVE and name in config.draining else state
-        for name, state in states.items()
+    drained = dict.fromkeys(config.draining, BackendState.DRAINING)  # those too that nobody has probed yet
+    return drained | {
+        name: drained.get(name, state) if state is BackendState.ACTIVE else state for name, state in states.items()
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
@@ -28,7 +29,8 @@ class FlowTable(Generic[K]):
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._entries: dict[K, _Entry] = {}
+        # Not a dict: the first key of one that many were removed from is far to seek.
+        self._entries: OrderedDict[K, _Entry] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -61,16 +63,17 @@ class FlowTable(Generic[K]):
         """Look at the `steps` oldest entries and forget those whose time is over. Call it now and then."""
         for _ in range(min(steps, len(self._entries))):
             key = next(iter(self._entries))
-            entry = self._entries.pop(key)
-            if entry.expires > now:
-                self._entries[key] = entry  # to the end of the queue
+            if self._entries[key].expires > now:
+                self._entries.move_to_end(key)
+            else:
+                del self._entries[key]
 
     def _evict(self, now: float) -> None:
         for _ in range(SECOND_CHANCES):
             key = next(iter(self._entries))
-            entry = self._entries.pop(key)
+            entry = self._entries[key]
             if entry.expires <= now or not entry.used:
-                return
+                break
             entry.used = False
-            self._entries[key] = entry
-        del self._entries[next(iter(self._entries))]
+            self._entries.move_to_end(key)
+        self._entries.popitem(last=False)

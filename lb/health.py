@@ -140,6 +140,12 @@ class HealthMonitor:
         if prober is not None:
             prober.suspect()
 
+    def doubt(self, service: str) -> None:
+        """Begin the hold-offs of a service anew: what all of its backends failed at may have been our doing."""
+        for prober in self._probers.get(service, {}).values():
+            if prober is not None:
+                prober.doubt()
+
     def states(self, service: str) -> dict[str, BackendState]:
         """ACTIVE or DOWN for every backend of a service, by name; empty for a service that is not known (yet)."""
         probers = self._probers.get(service, {})
@@ -180,6 +186,7 @@ class _ProbeSocket:
         self.opened = self.last_sent = now
         self.sent: dict[bytes, tuple[int, ProbePacket, float]] = {}  # unanswered, by SCID; when
         self._loop = asyncio.get_running_loop()
+        self._on_readable = on_readable
         family, kind, _, _, sockaddr = socket.getaddrinfo(
             *address, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST
         )[0]
@@ -189,10 +196,12 @@ class _ProbeSocket:
         except OSError:
             self._socket.close()
             raise
-        self._loop.add_reader(self._socket, on_readable, self)
 
     def send(self, probe: int, packet: ProbePacket, now: float) -> None:
         """Raises OSError."""
+        # Anew for every probe: libuv no longer watches a socket that an ICMP error came in by.
+        self._loop.remove_reader(self._socket)
+        self._loop.add_reader(self._socket, self._on_readable, self)
         self._socket.send(packet.datagram)
         self.last_sent = now
         self.sent[packet.scid] = (probe, packet, now)
@@ -273,6 +282,11 @@ class _Prober:
     def suspect(self) -> None:
         if self.check.suspect(self._clock()):
             event(logger, logging.DEBUG, "backend-suspect", **self._names)
+        self._arm()
+
+    def doubt(self) -> None:
+        self.check.doubt(self._clock())
+        self._told = (self.check.state, self.check.dead)
         self._arm()
 
     def snapshot(self) -> BackendHealth:

@@ -142,6 +142,11 @@ class HealthCheck:
         self._suspect_from = self._probes + 1
         return True
 
+    def doubt(self, now: float) -> None:
+        """The silence so far may have been our own: the hold-off begins anew, also for the dead."""
+        self.dead = False
+        self._begin_hold_off(now)
+
     def _next_probe(self) -> float:
         config = self.config
         rising = self.state is BackendState.DOWN and self._row(True) > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lb.address import Address
@@ -14,7 +14,9 @@ from lb.log import event
 from lb.mmsg import raw_address, socket_address
 from lb.returnpath import ReturnPath, ReturnPaths
 from lb.sockets import upstream_port
-from lb.upstream import PORT_REST, Flow, Flows, Key, Listener, Member, Upstream, most_idle
+from lb.upstream import Flow, Flows, Key, Listener, Member, Ports, Upstream
+
+SOCKET_REST = 1.0  # seconds from a socket that could not be had to the next attempt
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +56,20 @@ class Nat:
         self._opened = opened
         self._return_paths = return_paths
         self._pools: dict[bool, list[Upstream]] = {False: [], True: []}  # by family: is it IPv6?
+        self._ports: dict[bytes, Ports] = {}  # by backend address, as `Upstream.flows` is
+        self._families = 1
+        self._open_again = float("-inf")
         self._paths = list(return_paths.remembered()) if return_paths is not None else []
         self._reopened: dict[tuple[bool, int], Upstream | None] = {}
 
     @property
     def sockets(self) -> int:
         return len(self._pools[False]) + len(self._pools[True])
+
+    def set_backends(self, members: Collection[Member]) -> None:
+        """From now on there are these, and no others. The flows of others have ended."""
+        self._ports = {member.raw: self._ports.get(member.raw) or Ports() for member in members}
+        self._families = len({member.address.is_ipv6 for member in members})
 
     def begin(
         self, listener: Listener, key: Key, client: Any, local: bytes | None, member: Member, now: float
@@ -91,40 +101,50 @@ class Nat:
         unlink(flow)
         del flow.upstream.flows[flow.member.raw]
         flow.member.flows -= 1
-        flow.member.free.append((now, flow.upstream))
+        self._ports[flow.member.raw].give_back(flow.upstream, now)
         if self._return_paths is not None:
             self._return_paths.clear(flow.number)
         self.flows.remove(flow)
 
     def _port_for(self, member: Member, now: float) -> Upstream | None:
         """A port that no flow of this backend uses: one long given back, one never used, a new one, or the idlest's."""
-        pool = self._pools[member.address.is_ipv6]
-        if member.free and now - member.free[0][0] >= PORT_REST:
-            return member.free.popleft()[1]
-        while member.next_port < len(pool):
-            upstream = pool[member.next_port]
-            member.next_port += 1
-            if member.raw not in upstream.flows:
-                return upstream
-        if self.sockets < self._limits.sockets:
-            try:
-                port = upstream_port(member.address.is_ipv6, buffer=self._limits.socket_buffer)
-            except OSError as error:
-                event(
-                    logger, logging.WARNING, "no-more-sockets", sockets=len(pool), reason=os.strerror(error.errno or 0)
-                )
-                # Whatever the limit was meant to be, this is what it is.
-                self._limits.sockets = self._counters.socket_limit = self.sockets
-            else:
-                member.next_port = len(pool) + 1
-                return self._add_port(Upstream(port))
-        if not member.free:
-            victim = most_idle(member, pool, self.flows.count)
+        is_ipv6 = member.address.is_ipv6
+        pool, ports = self._pools[is_ipv6], self._ports[member.raw]
+        upstream = ports.take(pool, now)
+        if upstream is None and self._may_open(pool, now) and self._open(is_ipv6, now):
+            upstream = ports.take(pool, now)
+        if upstream is None:
+            upstream = ports.take_early()
+        if upstream is None:
+            victim = ports.victim(member, pool)
             if victim is None:
                 return None
             self._counters.flows_evicted += 1
             self.end(victim, now)
-        return member.free.popleft()[1]
+            upstream = ports.take_early()
+        return upstream
+
+    def _may_open(self, pool: list[Upstream], now: float) -> bool:
+        """Whether a pool may grow: with backends of both families to half of all sockets, and to one in any case."""
+        if now < self._open_again:
+            return False
+        share = self._limits.sockets // max(1, self._families)
+        return not pool or (len(pool) < share and self.sockets < self._limits.sockets)
+
+    def _open(self, is_ipv6: bool, now: float) -> bool:
+        """Open another port. Returns whether that was possible."""
+        try:
+            self._add_port(Upstream(upstream_port(is_ipv6, buffer=self._limits.socket_buffer)))
+        except OSError as error:
+            if self._counters.socket_limit != self.sockets:
+                reason = os.strerror(error.errno or 0)
+                event(logger, logging.WARNING, "no-more-sockets", sockets=self.sockets, reason=reason)
+            # Whatever the limit was meant to be, this is what it is for now.
+            self._counters.socket_limit = self.sockets
+            self._open_again = now + SOCKET_REST
+            return False
+        self._counters.socket_limit = self._limits.sockets
+        return True
 
     def remember(self, flow: Flow) -> None:
         if self._return_paths is None:
@@ -158,12 +178,11 @@ class Nat:
                 continue
             try:
                 port = upstream_port(place[0], buffer=self._limits.socket_buffer, port=place[1])
+                self._reopened[place] = self._add_port(Upstream(port))
             except OSError:
                 if not final:
                     return False
                 self._reopened[place] = None
-            else:
-                self._reopened[place] = self._add_port(Upstream(port))
         return True
 
     def restore(self, listeners: Mapping[Address, Listener], now: float) -> None:
@@ -201,12 +220,17 @@ class Nat:
         flow.established = path.established
         flow.short_header_seen = path.established
         self._add(flow)
+        self._ports[member.raw].carry_on(upstream)
         self.remember(flow)
         return True
 
     def _add_port(self, upstream: Upstream) -> Upstream:
+        try:
+            self._opened(upstream)
+        except OSError:
+            upstream.close()
+            raise
         self._pools[upstream.is_ipv6].append(upstream)
-        self._opened(upstream)
         return upstream
 
 

@@ -9,6 +9,7 @@ record that was half written when the process died is known for what it is.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import ipaddress
 import logging
@@ -65,6 +66,8 @@ class ReturnPaths:
         self._path = path
         self.capacity = capacity
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours(path.parent.stat()):
+            raise PermissionError(errno.EPERM, "the directory is somebody else's", str(path.parent))
         self._lock = _locked(path.with_suffix(".lock"), patience)
         self.lost = 0
         try:
@@ -117,13 +120,16 @@ class ReturnPaths:
 
     def _read_old(self) -> list[ReturnPath]:
         try:
-            octets = self._path.read_bytes()
+            # A FIFO would have us wait for its writer.
+            with open(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+                octets = file.read(_HEADER.size)
+                reason = _what_is_wrong(octets) if _is_ours(os.fstat(file.fileno())) else "somebody else's"
+                octets += b"" if reason else file.read()
         except FileNotFoundError:
             return []
         except OSError as error:
             self._set_aside(str(error.strerror))
             return []
-        reason = _what_is_wrong(octets)
         if reason:
             self._set_aside(reason)
             return []
@@ -163,7 +169,10 @@ class ReturnPaths:
 
     def commit(self) -> None:
         """Put the new file in the place of the old one; to be called once what was remembered is written again."""
-        self._path.with_suffix(".new").replace(self._path)
+        try:
+            self._path.with_suffix(".new").replace(self._path)
+        except OSError as error:
+            event(logger, logging.WARNING, "return-paths-lost", file=self._path, reason=error.strerror)
 
 
 def _locked(path: Path, patience: float) -> int:
@@ -179,6 +188,11 @@ def _locked(path: Path, patience: float) -> int:
             os.close(descriptor)
             raise
         return descriptor
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    """Whoever can write here can have replies sent to wherever they like."""
+    return status.st_uid in (0, os.geteuid())
 
 
 def _boot_id() -> bytes:

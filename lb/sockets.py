@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import struct
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +43,8 @@ MAX_DATAGRAM = 65536
 NO_SEGMENTS = MAX_DATAGRAM  # what is sent stays in one piece, however long
 MAX_TRAIN_OCTETS = 65000  # one IP packet's worth to the kernel, headers included
 MAX_TRAIN_SEGMENTS = 64
+
+_ERROR = struct.Struct("=I")  # what struct sock_extended_err begins with (linux/errqueue.h)
 
 Control = list[tuple[int, int, bytes]]
 NO_CONTROL: Control = []
@@ -167,14 +170,19 @@ def upstream_port(is_ipv6: bool, *, buffer: int, port: int = 0) -> Port:
 
 
 def read_errors(port: Port) -> list[bytes]:
-    """The addresses, as the kernel has them, to which datagrams were sent that ICMP errors have come back for."""
+    """The addresses, as the kernel has them, to which datagrams were sent that ICMP errors have come back for.
+
+    Not those that were merely too long: that says nothing about who they were for.
+    """
     addresses = []
     for _ in range(MAX_TRAIN_SEGMENTS):
         try:
-            _, _, _, to = port.sock.recvmsg(0, CONTROL_SPACE, MSG_ERRQUEUE)
+            _, control, _, to = port.sock.recvmsg(0, CONTROL_SPACE, MSG_ERRQUEUE)
         except OSError:
             break
-        addresses.append(raw_address(Address(*to[:2])))
+        reasons = [_ERROR.unpack_from(value)[0] for _, kind, value in control if kind in (IP_RECVERR, IPV6_RECVERR)]
+        if to and reasons != [errno.EMSGSIZE]:
+            addresses.append(raw_address(Address(*to[:2])))
     return addresses
 
 

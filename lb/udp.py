@@ -14,8 +14,7 @@ import asyncio
 import logging
 import os
 import select
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import repeat
 
 from lb.address import Address
@@ -46,8 +45,9 @@ BATCH = 64  # receives per socket and turn of the loop
 EVENTS = 256  # sockets per turn
 TICK = 0.1  # seconds between looks at idle flows and silent backends
 SWEEP = 4096  # flows looked at per tick
-PUSH_INTERVAL = 0.01  # seconds between bursts of pushed resets
+PUSH_INTERVAL = 0.01  # seconds between bursts of pushed resets, or more if there are fewer to push
 SILENT_DATAGRAMS = 8  # unanswered datagrams that make silence suspicious
+STOPPED = 1.0  # seconds without a look at the clock, after which this process must have been stopped
 RESTORE_PATIENCE = 1.0  # seconds that a port of a killed predecessor may take to become free
 
 logger = logging.getLogger(__name__)
@@ -79,22 +79,24 @@ class UdpEngine:
         self._listeners: dict[Address, Listener] = {}
         self._counters = Counters(flow_limit=limits.flows, socket_limit=limits.sockets)
         self._nat = Nat(limits, self._counters, self._on_new_upstream, return_paths)
-        self._farewells: deque[Flow] = deque()
-        self._pushing = False
         self._timers: set[asyncio.TimerHandle] = set()
         self._batch = Batch(BATCH, MAX_DATAGRAM)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._epoll: select.epoll | None = None
-        self._readable: dict[int, Callable[[], None]] = {}
+        self._readable: dict[int, Callable[[int], None]] = {}  # by descriptor; called with epoll's events
+        self._looked_at = self._stopped_for = 0.0  # the clock; seconds
 
     # Engine.
 
     async def start(self, tables: Sequence[RoutingTable]) -> None:
         """Listen, take over what a killed predecessor left behind, forward. Raises OSError if it cannot listen."""
         self._loop = asyncio.get_running_loop()
+        self._looked_at = self._loop.time()
         self._epoll = select.epoll()
         await self.apply(tables)
         await self._restore()
+        for service in self._services.values():
+            self._bid_farewell(service, service.router.table.dead)  # to those that a predecessor had not told yet
         self._loop.add_reader(self._epoll.fileno(), self._on_events)
         self._later(TICK, self._tick)
 
@@ -130,6 +132,7 @@ class UdpEngine:
             left = set(gone)
             for flow in [flow for flow in self._nat.flows if flow.member in left]:
                 self._nat.end(flow, self._now())
+        self._nat.set_backends([member for service in self._services.values() for member in service.members])
 
     def set_policies(self, policies: Mapping[str, ServicePolicy]) -> None:
         """Replace policies; they take effect with the next `apply`."""
@@ -138,7 +141,7 @@ class UdpEngine:
     async def counters(self) -> Counters:
         counters = self._counters
         counters.flows = self._nat.flows.count
-        counters.sockets = self._nat.sockets + len(self._listeners)
+        counters.sockets = self._nat.sockets
         counters.services = {}
         for name, service in self._services.items():
             counters.services[name] = service.counted()
@@ -159,10 +162,10 @@ class UdpEngine:
 
     def _on_events(self) -> None:
         assert self._epoll is not None  # noqa: S101 - we are its reader
-        for descriptor, _ in self._epoll.poll(0, EVENTS):
+        for descriptor, events in self._epoll.poll(0, EVENTS):
             readable = self._readable.get(descriptor)
             if readable is not None:
-                readable()
+                readable(events)
 
     def _on_clients(self, listener: Listener) -> None:
         """Drain a listening socket.
@@ -269,7 +272,8 @@ class UdpEngine:
                     stop = min(stop + segment, size)
                     count += 1
                 flow.seen = now
-                flow.member.by_config[config] += count
+                flow.member.by_config[config] += 1
+                flow.member.by_config[flow.config_id] += count - 1
                 flow.member.octets_to += stop - start
                 self._send_up(flow, [received[start:stop]], count, segment if count > 1 else stop - start, tos)
             start = stop
@@ -342,8 +346,11 @@ class UdpEngine:
 
     # From backends.
 
-    def _on_backends(self, upstream: Upstream) -> None:
+    def _on_backends(self, upstream: Upstream, events: int = 0) -> None:
         """Drain a port towards backends; runs as in `_on_clients`."""
+        if events & select.EPOLLERR:
+            # Receiving does not always say so: a send may have been told first, and to be too long is told to it alone.
+            self._on_errors(upstream)
         now = self._now()
         flows = upstream.flows
         said = b""
@@ -374,7 +381,7 @@ class UdpEngine:
                 flow is run_flow
                 and run_open
                 and tos == run_tos
-                and (step == run_segment or (count == 1 and size <= run_segment))
+                and (step == run_segment or (count == 1 and 0 < size <= run_segment))
                 and run_octets + size <= MAX_TRAIN_OCTETS
                 and run_count + count <= MAX_TRAIN_SEGMENTS
             ):
@@ -402,11 +409,14 @@ class UdpEngine:
 
     def _on_errors(self, upstream: Upstream) -> None:
         """ICMP has come back for something that was sent. It decides nothing, but it is worth a look."""
+        suspects = set()
         for raw in read_errors(upstream):
             flow = upstream.flows.get(raw)
             if flow is not None:
                 flow.member.unreachable += 1
-                self._suspect(flow.member.service, flow.member.name)
+                suspects.add(flow.member)
+        for member in suspects:
+            self._suspect(member.service, member.name)
 
     # Services and sockets.
 
@@ -426,23 +436,21 @@ class UdpEngine:
             service = self._services[name] = RunningService(table, policy, self._random)
         before = service.router.table
         service.router.table = table
-        if policy is not service.policy:
+        if policy != service.policy:
             service.policy = policy
             service.router.set_limits(policy.router)
         known = {(member.name, member.address): member for member in service.members}
         service.members = [
             known.pop(who) if (who := (b.name, b.address)) in known else Member(name, *who) for b in table.backends
         ]
-        newly_dead = table.dead - (before.dead if before is not table else frozenset())
-        if newly_dead and policy.push_rate:
-            self._bid_farewell(name, newly_dead)
+        self._bid_farewell(service, table.dead - before.dead)
         for member in known.values():
             service.past = [a + b for a, b in zip(service.past, member.by_config, strict=True)]
         return list(known.values())
 
     def _open_listener(self, listener: Listener) -> None:
         self._listeners[listener.address] = listener
-        self._watch(listener.port, lambda: self._on_clients(listener))
+        self._watch(listener.port, lambda _: self._on_clients(listener))
 
     def _close_listener(self, listener: Listener) -> None:
         for flow in [flow for flow in self._nat.flows if flow.listener is listener]:
@@ -452,12 +460,12 @@ class UdpEngine:
         del self._listeners[listener.address]
 
     def _on_new_upstream(self, upstream: Upstream) -> None:
-        self._watch(upstream, lambda: self._on_backends(upstream))
+        self._watch(upstream, lambda events: self._on_backends(upstream, events))
 
-    def _watch(self, port: Port, readable: Callable[[], None]) -> None:
+    def _watch(self, port: Port, readable: Callable[[int], None]) -> None:
         assert self._epoll is not None  # noqa: S101 - made in start(), before anything is opened
-        self._readable[port.sock.fileno()] = readable
         self._epoll.register(port.sock.fileno(), select.EPOLLIN)
+        self._readable[port.sock.fileno()] = readable
 
     def _unwatch(self, port: Port) -> None:
         assert self._epoll is not None  # noqa: S101
@@ -467,8 +475,13 @@ class UdpEngine:
     # Time.
 
     def _now(self) -> float:
+        """Seconds, but for those in which this process was stopped: nobody was idle because we did not listen."""
         assert self._loop is not None  # noqa: S101 - set in start()
-        return self._loop.time()
+        now = self._loop.time()
+        if now - self._looked_at > STOPPED:
+            self._stopped_for += now - self._looked_at
+        self._looked_at = now
+        return now - self._stopped_for
 
     def _later(self, delay: float, call: Callable[[], None]) -> None:
         assert self._loop is not None  # noqa: S101
@@ -481,6 +494,7 @@ class UdpEngine:
         self._timers.add(timer)
 
     def _tick(self) -> None:
+        self._later(TICK, self._tick)  # first, lest whatever goes wrong below be the last thing that happens here
         now = self._now()
         for flow in self._nat.flows.expired(now, SWEEP, self._limits.idle_timeout, self._limits.new_flow_timeout):
             self._counters.flows_expired += 1
@@ -493,30 +507,32 @@ class UdpEngine:
                 sent, heard = sum(member.by_config), member.datagrams_from
                 if member.silent.suspicious(sent, heard, now, service.policy.silence, SILENT_DATAGRAMS):
                     self._suspect(member.service, member.name)
-        self._later(TICK, self._tick)
 
     # Pushed resets.
 
-    def _bid_farewell(self, service: str, dead: Iterable[str]) -> None:
+    def _bid_farewell(self, service: RunningService, dead: Collection[str]) -> None:
         """Queue a reset for every client of servers that are dead.
 
         A client that only receives sends nothing once its server is silent: nobody but us can tell it.
         """
-        names = frozenset(dead)
-        for flow in self._nat.flows:
-            if flow.cid is not None and flow.member.service == service and flow.member.name in names:
-                self._farewells.append(flow)
-        if self._farewells and not self._pushing:
-            self._pushing = True
-            self._push()
+        if not dead or not service.policy.push_rate:
+            return
+        members = {member for member in service.members if member.name in dead}
+        service.farewells.extend(flow for flow in self._nat.flows if flow.cid is not None and flow.member in members)
+        if service.farewells and not service.pushing:
+            self._push(service)
 
-    def _push(self) -> None:
-        """Send a burst of resets, and the next one a little later."""
-        left = 1.0  # of this burst, shared by services with different rates
-        while self._farewells and left > 0:
-            flow = self._farewells.popleft()
-            service = flow.listener.service
-            left -= 1 / max(1.0, service.policy.push_rate * PUSH_INTERVAL)
+    def _push(self, service: RunningService) -> None:
+        """Send a burst of resets, and the next one a little later: `push_rate` a second."""
+        rate = service.policy.push_rate
+        if not rate:
+            service.farewells.clear()
+        burst = max(1, int(rate * PUSH_INTERVAL))
+        service.pushing = bool(service.farewells)
+        if service.pushing:
+            self._later(burst / rate, lambda: self._push(service))
+        for _ in range(min(burst, len(service.farewells))):
+            flow = service.farewells.popleft()
             # It may have ended meanwhile, or its server risen.
             reset = service.router.farewell(flow.cid) if flow.number != ENDED and flow.cid is not None else None
             if reset is None:
@@ -526,10 +542,10 @@ class UdpEngine:
                 service.counters.resets_pushed += 1
             else:
                 self._counters.failures[drop] += 1
+                if drop == Drop.BUFFER_FULL:  # it will be told, if later
+                    service.farewells.append(flow)
+                    continue
             self._nat.end(flow, self._now())
-        self._pushing = bool(self._farewells)
-        if self._pushing:
-            self._later(PUSH_INTERVAL, self._push)
 
 
 def all_of(cid: bytes, buffer: bytearray, size: int, segment: int) -> bool:

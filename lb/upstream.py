@@ -6,8 +6,9 @@ known upstream by a local port and the backend's address, so that one port serve
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lb.address import Address
@@ -28,21 +29,19 @@ OTHER = 7  # index of datagrams that no config ID routed
 SAMPLE = 32  # flows looked at to find an old one
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServicePolicy:
     """What an engine must know about a service beyond its table. `silence` 0 means not to listen for it."""
 
-    __slots__ = ("push_rate", "router", "silence")
-
-    def __init__(self, *, router: RouterLimits, push_rate: float, silence: float) -> None:
-        self.router = router
-        self.push_rate = push_rate  # pushed resets per second; 0 for none
-        self.silence = silence
+    router: RouterLimits
+    push_rate: float  # pushed resets per second; 0 for none
+    silence: float
 
 
 class RunningService:
     """A service as it runs: its router, its backends, what was counted."""
 
-    __slots__ = ("by_config_down", "counters", "members", "past", "policy", "router")
+    __slots__ = ("by_config_down", "counters", "farewells", "members", "past", "policy", "pushing", "router")
 
     def __init__(self, table: RoutingTable, policy: ServicePolicy, random: Callable[[int], bytes]) -> None:
         self.policy = policy
@@ -51,6 +50,8 @@ class RunningService:
         self.by_config_down = [0] * OTHER  # datagrams with the verdict CID_DOWN
         self.members: list[Member] = []  # in the order of the table's backends
         self.past = [0] * (OTHER + 1)  # `by_config` of members that are no more
+        self.farewells: deque[Flow] = deque()  # flows whose clients are to be told that their server is dead
+        self.pushing = False
 
     def counted(self) -> ServiceCounters:
         """What was counted so far, put together."""
@@ -84,9 +85,7 @@ class Member:
         "by_config",
         "datagrams_from",
         "flows",
-        "free",
         "name",
-        "next_port",
         "octets_from",
         "octets_to",
         "raw",
@@ -105,8 +104,6 @@ class Member:
         self.by_config = [0] * (OTHER + 1)  # datagrams to it: with the verdict CID by config ID, all others at OTHER
         self.octets_to = self.datagrams_from = self.octets_from = 0
         self.flows = self.unreachable = 0
-        self.next_port = 0  # of the pool, the first port that never served this backend
-        self.free: deque[tuple[float, Upstream]] = deque()  # ports given back, and when
         self.silent = SilenceWatch()
 
     def counted(self) -> BackendCounters:
@@ -149,6 +146,50 @@ class Upstream(Port):
     def __init__(self, port: Port) -> None:
         super().__init__(port.sock)
         self.flows: dict[bytes, Flow] = {}
+
+
+class Ports:
+    """What one backend's address makes of a pool of ports. Services that have the address in common share this.
+
+    Every port of the pool has a flow of this address, or is in `_free`, or comes at or after `_unused` and is not
+    in `_carried`. So none is handed out twice.
+    """
+
+    __slots__ = ("_carried", "_free", "_hand", "_unused")
+
+    def __init__(self) -> None:
+        self._free: deque[tuple[float, Upstream]] = deque()  # ports given back, and when
+        self._unused = 0  # the first port that never served this address
+        self._carried: set[Upstream] = set()  # ports after that one whose flows are a dead process's
+        self._hand = 0
+
+    def take(self, pool: Sequence[Upstream], now: float) -> Upstream | None:
+        """A port given back long ago, or one that was never used; None if there is neither."""
+        if self._free and now - self._free[0][0] >= PORT_REST:
+            return self._free.popleft()[1]
+        while self._unused < len(pool):
+            upstream = pool[self._unused]
+            self._unused += 1
+            if upstream not in self._carried:
+                return upstream
+            self._carried.remove(upstream)
+        return None
+
+    def take_early(self) -> Upstream | None:
+        """The port that was given back first, however short a while ago; None if all are in use."""
+        return self._free.popleft()[1] if self._free else None
+
+    def give_back(self, upstream: Upstream, now: float) -> None:
+        self._free.append((now, upstream))
+
+    def carry_on(self, upstream: Upstream) -> None:
+        """A flow of a dead process has this port. To be called before the first `take`."""
+        self._carried.add(upstream)
+
+    def victim(self, member: Member, pool: Sequence[Upstream]) -> Flow | None:
+        """A flow of this address, which is that member's, to give up when all ports are in use."""
+        self._hand += SAMPLE  # each time from another sample
+        return most_idle(member, pool, self._hand)
 
 
 class Flow:
@@ -199,7 +240,8 @@ class Flows:
         self._slots: list[Flow | None] = []
         self._capacity = capacity
         self._free: deque[int] = deque()
-        self._young: dict[Flow, None] = {}  # not established yet, oldest first
+        # Not established yet, oldest first. A dict's first key is far to seek after many were removed before it.
+        self._young: OrderedDict[Flow, None] = OrderedDict()
         self._hand = 0
         self.count = 0
 

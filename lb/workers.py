@@ -32,6 +32,10 @@ from lb.upstream import ServicePolicy
 _LENGTH = 4  # octets that say how long a message is
 RESTART_DELAY = 0.2  # seconds before a worker that died is started again
 STOP_PATIENCE = 3.0  # seconds that a worker may take to end
+START_PATIENCE = 60.0  # seconds that it may take to start, which is longer with many flows to carry on
+ANSWER_PATIENCE = 10.0  # seconds that it may take for anything else
+
+Orders = tuple[Sequence[RoutingTable], Mapping[str, ServicePolicy]]  # what all workers obey
 
 logger = logging.getLogger(__name__)
 
@@ -52,22 +56,24 @@ class WorkerPool:
     def __init__(self, count: int, settings: WorkerSettings, *, suspect: Suspect) -> None:
         self._settings = settings
         self._suspect = suspect
-        self._tables: Sequence[RoutingTable] = ()
+        self._orders: Orders = (), settings.policies
         self._workers = [_Worker(number, self) for number in range(count)]
 
     async def start(self, tables: Sequence[RoutingTable]) -> None:
-        self._tables = tables
+        self._orders = tables, self._settings.policies
         try:
-            await asyncio.gather(*(worker.start() for worker in self._workers))
+            started = await asyncio.gather(*(worker.start() for worker in self._workers), return_exceptions=True)
+            for error in started:
+                if error is not None:
+                    raise error
         except BaseException:
             await self.stop()
             raise
 
     async def apply(self, tables: Sequence[RoutingTable]) -> None:
-        before, self._tables = self._tables, tables
-        settings = self._settings
+        before, self._orders = self._orders, (tables, self._settings.policies)
         answers = await asyncio.gather(
-            *(worker.ask("apply", (tables, settings.policies)) for worker in self._workers), return_exceptions=True
+            *(worker.ask("apply", self._orders) for worker in self._workers), return_exceptions=True
         )
         for answer in answers:
             # A worker that died meanwhile starts again with these tables; one that could not listen ends it.
@@ -75,11 +81,11 @@ class WorkerPool:
                 await self._go_back_to(before)
                 raise answer
 
-    async def _go_back_to(self, tables: Sequence[RoutingTable]) -> None:
-        self._tables = tables
+    async def _go_back_to(self, orders: Orders) -> None:
+        self._orders = orders
         for worker in self._workers:
             with contextlib.suppress(OSError):
-                await worker.ask("apply", (tables, self._settings.policies))
+                await worker.ask("apply", orders)
 
     def set_policies(self, policies: Mapping[str, ServicePolicy]) -> None:
         self._settings = self._settings._replace(policies=policies)
@@ -98,8 +104,8 @@ class WorkerPool:
         return self._settings
 
     @property
-    def tables(self) -> Sequence[RoutingTable]:
-        return self._tables
+    def orders(self) -> Orders:
+        return self._orders
 
     def suspect(self, service: str, backend: str) -> None:
         self._suspect(service, backend)
@@ -114,38 +120,41 @@ class _Worker:
         self._process: SpawnProcess | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._keeping: asyncio.Task[None] | None = None
         self._answer: asyncio.Future[Any] | None = None
         self._one_at_a_time = asyncio.Lock()
         self._past = Counters()  # of predecessors
         self._last = Counters()
-        self._stopping = False
 
     async def start(self) -> None:
-        ours, theirs = socket.socketpair()
-        settings = self._pool.settings
-        context = multiprocessing.get_context("spawn")
-        self._process = context.Process(
-            target=_worker_main, args=(theirs, self._number, settings, os.getpid()), daemon=True
-        )
-        self._process.start()
-        theirs.close()
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._reading = asyncio.create_task(self._read(reader))
-        try:
-            await self.ask("start", (self._pool.tables, settings.policies))
-        except (ConnectionError, EOFError) as error:
-            raise OSError(f"worker {self._number} did not start") from error
+        """Start it, and again whenever it ends, until `stop`. Raises OSError if it does not start the first time."""
+        await self._spawn()
+        self._keeping = asyncio.create_task(self._keep())
 
-    async def ask(self, what: str, argument: Any = None) -> Any:
-        """Send a request and wait for its answer. Raises what the worker raised, or ConnectionError if it is gone."""
+    async def ask(self, what: str, argument: Any = None, patience: float = ANSWER_PATIENCE) -> Any:
+        """Send a request and wait for its answer. Raises what the worker raised, or ConnectionError if it is gone.
+
+        One that does not answer in time is ended: its successor has its flows, and the others are not kept waiting.
+        """
         async with self._one_at_a_time:
             writer = self._writer
             if writer is None:
                 raise ConnectionResetError(f"worker {self._number} is gone")
             self._answer = asyncio.get_running_loop().create_future()
-            writer.write(_packed((what, argument)))
-            await writer.drain()
-            return await self._answer
+            try:
+                async with asyncio.timeout(patience):
+                    writer.write(_packed((what, argument)))
+                    await writer.drain()
+                    return await self._answer
+            except TimeoutError:
+                event(logger, logging.ERROR, "worker-stuck", worker=self._number, request=what)
+                self._writer = None  # an answer that comes now would be taken for that to the next question
+                writer.close()
+                if self._process is not None:
+                    self._process.kill()
+                raise ConnectionResetError(f"worker {self._number} does not answer") from None
+            finally:
+                self._answer = None
 
     async def counters(self) -> Counters:
         with contextlib.suppress(ConnectionError):
@@ -156,22 +165,52 @@ class _Worker:
         return total
 
     async def stop(self) -> None:
-        self._stopping = True
+        if self._keeping is not None:
+            self._keeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeping
+        await self._end()
+
+    async def _spawn(self) -> None:
+        """Start a process, and wait until it forwards. Raises OSError, and leaves nothing behind, if it does not."""
+        ours, theirs = socket.socketpair()
+        settings = self._pool.settings
+        context = multiprocessing.get_context("spawn")
+        try:
+            with theirs:
+                self._process = context.Process(
+                    target=_worker_main, args=(theirs, self._number, settings, os.getpid()), daemon=True
+                )
+                self._process.start()
+            reader, self._writer = await asyncio.open_connection(sock=ours)
+            self._reading = asyncio.create_task(self._read(reader))
+            await self.ask("start", self._pool.orders, START_PATIENCE)
+        except BaseException as error:
+            if self._writer is None:
+                ours.close()
+            await self._end()
+            if isinstance(error, ConnectionError):
+                raise OSError(f"worker {self._number} did not start") from error
+            raise
+
+    async def _end(self) -> None:
+        """End the process, if there is one, and forget it."""
         if self._writer is not None:
             self._writer.close()  # a worker ends when its pool is gone
+            self._writer = None
         process = self._process
-        if process is not None:
+        if process is not None and process.pid is not None:
             await asyncio.get_running_loop().run_in_executor(None, process.join, STOP_PATIENCE)
             if process.is_alive():
                 process.kill()
                 process.join()
         if self._reading is not None:
             self._reading.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reading
+            await asyncio.wait([self._reading])
+            self._reading = None
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        try:
             while True:
                 what, argument = await _unpacked(reader)
                 if what == "suspect":
@@ -181,31 +220,38 @@ class _Worker:
                         self._answer.set_exception(argument)
                     else:
                         self._answer.set_result(argument)
-        self._writer = None
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(ConnectionResetError(f"worker {self._number} is gone"))
-        if not self._stopping:
-            self._reading = asyncio.create_task(self._start_again())
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # it has ended
+        finally:
+            if self._answer is not None and not self._answer.done():
+                self._answer.set_exception(ConnectionResetError(f"worker {self._number} is gone"))
 
-    async def _start_again(self) -> None:
-        assert self._process is not None  # noqa: S101 - it was started once
-        await asyncio.get_running_loop().run_in_executor(None, self._process.join)
-        event(logger, logging.ERROR, "worker-died", worker=self._number, status=self._process.exitcode)
+    async def _keep(self) -> None:
+        while True:
+            assert self._reading is not None  # noqa: S101 - it was started
+            await asyncio.wait([self._reading])
+            await self._end()
+            assert self._process is not None  # noqa: S101
+            event(logger, logging.ERROR, "worker-died", worker=self._number, status=self._process.exitcode)
+            self._bury()
+            while True:
+                await asyncio.sleep(RESTART_DELAY)
+                try:
+                    await self._spawn()
+                except OSError as error:
+                    event(logger, logging.ERROR, "worker-failed", worker=self._number, reason=str(error))
+                else:
+                    break
+            event(logger, logging.INFO, "worker-started", worker=self._number)
+
+    def _bury(self) -> None:
+        """Keep what it counted, and not what it had."""
         self._last.flows = self._last.flow_limit = self._last.sockets = self._last.socket_limit = 0
         for service in self._last.services.values():
             for backend in service.backends.values():
                 backend.flows = 0
         add_counters(self._past, self._last)
         self._last = Counters()
-        while not self._stopping:
-            await asyncio.sleep(RESTART_DELAY)
-            try:
-                await self.start()
-            except OSError as error:
-                event(logger, logging.ERROR, "worker-failed", worker=self._number, reason=str(error))
-                continue
-            event(logger, logging.INFO, "worker-started", worker=self._number)
-            return
 
 
 def _packed(message: tuple[str, Any]) -> bytes:

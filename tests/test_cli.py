@@ -269,6 +269,27 @@ def test_encode_and_decode_do_every_vector(vector: dict[str, Any]) -> None:
     assert cid_tool.decode({"key": vector["key"], "cid": vector["cid"]} | lengths) == whole
 
 
+@pytest.mark.parametrize("action", ["encode", "decode"])
+def test_the_command_does_every_vector_in_one_conversation(action: str) -> None:
+    """The draft's own, as repaired, and ours; each line with those fields alone that the answer needs."""
+    data = Path(__file__).parent / "data" / "test-vectors.json"
+    drafts = [vector["usable"] for vector in json.loads(data.read_text())["quic_lb_vectors"]]
+    asked, expected = [], []
+    for vector in [*drafts, *VECTORS]:
+        key, cid = {"key": vector["key"]}, {"cid": vector["cid"]}
+        lengths = {"server_id_length": vector["server_id_len"], "nonce_length": vector["nonce_len"]}
+        parts = {"config_id": vector["config_id"], "server_id": vector["server_id"], "nonce": vector["nonce"]}
+        appended = {"appended": vector["appended"]} if vector.get("appended") else {}
+        how = {"encodes_length": vector["length_self_encoded"], "low_bits": int(vector["cid"][:2], 16) & 31}
+        asked.append(key | parts | appended | how if action == "encode" else key | lengths | cid)
+        expected.append(parts | lengths | cid | appended)
+    with process("cid", action, "--json-lines") as talk:
+        out, err = talk.communicate("\n".join(map(json.dumps, asked)).encode(), timeout=60)
+
+    assert (talk.returncode, err) == (0, b"")
+    assert [json.loads(line) for line in out.splitlines()] == expected
+
+
 def test_encode_and_decode_by_arguments(capsys: pytest.CaptureFixture[str], directory: Path) -> None:
     keyed = ["--config-id", 2, "--key-file", directory / "secrets" / "cid-0.key"]
     status, out, err = quiclb(capsys, "cid", "encode", *keyed, "--server-id", "3fa91c02", "--nonce", "00" * 12)

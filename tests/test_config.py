@@ -257,6 +257,7 @@ MISTAKES = {
     "sum over 19": ("nonce-length: 6", "nonce-length: 17", CID1, "take 20 octets together: expected at most 19"),
     "CID over 20": ("appended-length: 2", "appended-length: 11", CID1, "11 appended octets: a CID holds at most 20"),
     "key file missing": ("secrets/cid-0.key", "secrets/none.key", f"{CID0}.key-file", "none.key: cannot be read: No such file"),
+    "key file unreadable": ("secrets/cid-0.key", "/proc/self/mem", f"{CID0}.key-file", "/proc/self/mem: cannot be read: Input/output"),
     "key file is a directory": ("secrets/cid-0.key", "secrets", f"{CID0}.key-file", "secrets: a directory"),
     "key file is a device": ("secrets/cid-0.key", "/dev/null", f"{CID0}.key-file", "/dev/null: not a regular file"),
     "key file is a pipe": ("secrets/cid-0.key", "pipe", f"{CID0}.key-file", "pipe: not a regular file"),

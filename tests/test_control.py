@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import os
 import signal
@@ -18,6 +20,8 @@ import pytest
 
 from lb.address import Address
 from lb.cid import CidConfig, Codec, ConfigId
+from lb.config import load_config
+from lb.control import Balancer
 from lb.packet import parse_header
 from tests.builders import KEY, RESET_KEY, server_id, short
 from tests.fleet import PATIENCE, eventually, free_port, udp_socket
@@ -320,6 +324,58 @@ def test_a_reload_reaches_every_worker(site: Site) -> None:
             site.round_trip(client, site.cid(1), 1)
 
 
+def test_a_reload_that_is_asked_for_too_early_comes_a_little_later(site: Site) -> None:
+    process = site.start(ready=False)
+
+    def holds_hangups_back() -> bool:
+        status = Path(f"/proc/{process.process.pid}/status").read_text()
+        return bool(int(status.partition("SigBlk:")[2].split()[0], 16) & 1 << signal.SIGHUP - 1)
+
+    eventually(holds_hangups_back)
+    process.send(signal.SIGHUP)
+
+    assert process.event("reloaded")
+
+
+def test_metrics_show_the_tables_in_force_and_not_those_that_were_refused(site: Site) -> None:
+    site.write(backends=[0])
+    process = site.start()
+    with udp_socket() as taken:
+        site.vip = Address(*taken.getsockname())
+        site.write()
+        process.send(signal.SIGHUP)
+        assert "cannot listen" in process.event("reload-refused")["reason"]
+
+        assert site.metric("quiclb_backend_state") == 1
+
+
+def test_what_the_engine_did_not_take_it_is_given_again(site: Site) -> None:
+    """An error of one moment must not be the last that the engine hears of health checks."""
+
+    class Engine:
+        def __init__(self) -> None:
+            self.asked = 0
+
+        async def apply(self, _tables: object) -> None:
+            self.asked += 1
+            if self.asked == 1:
+                raise OSError(errno.ENOMEM, "not now")
+
+    async def story() -> None:
+        balancer = Balancer(site.directory / "lb.yaml", load_config(site.directory / "lb.yaml"))
+        await balancer._engine.stop()
+        engine = Engine()
+        balancer._engine = engine  # type: ignore[assignment]
+        refreshing = asyncio.create_task(balancer._keep_fresh())
+        balancer._stale.set()
+        async with asyncio.timeout(PATIENCE):
+            while engine.asked < 2:  # noqa: ASYNC110 - nobody would set an event
+                await asyncio.sleep(0.01)
+        refreshing.cancel()
+
+    asyncio.run(story())
+
+
 class FakeServer(threading.Thread):
     """A backend that negotiates versions, as every QUIC server must, until it is told to be silent."""
 
@@ -386,6 +442,27 @@ def test_with_every_backend_down_it_fails_open_says_so_loudly_and_resets_nobody(
     for server in servers:
         server.silent.clear()
     process.event("fail-open-over")
+
+
+def test_when_fail_open_is_over_nobody_is_dead_who_has_not_been_asked_since(site: Site) -> None:
+    """It may have been our own network that was down. That one answers first must not cost the others' clients."""
+    site.service_options = "health: {interval: 300ms, timeout: 100ms, fall: 2}\n    resets: {hold-off: 900ms}"
+    site.write()
+    servers = [FakeServer(sock) for sock in site.backends]
+    process = site.start()
+    with udp_socket() as client:
+        client.sendto(short(site.cid(1)), site.vip)
+        for server in servers:
+            server.silent.set()
+        process.event("backend-dead", count=2)
+        servers[0].silent.clear()
+        process.event("fail-open-over")
+        servers[1].silent.clear()
+        process.event("backend-up", count=2)
+
+        assert site.metric("quiclb_resets_total") == 0
+    servers[0].silent.set()
+    process.event("backend-dead", count=3)  # and it is over
 
 
 def test_no_secret_ever_leaves_it(site: Site) -> None:

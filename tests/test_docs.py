@@ -94,6 +94,15 @@ def test_the_readmes_configuration_is_one(tmp_path: Path) -> None:
     assert config.services[0].service.cid_slots[0].config.algorithm == "single-pass"
 
 
+def test_the_architecture_has_a_row_for_every_module_and_no_other() -> None:
+    text = (PAGE.parent / "architecture.md").read_text()
+    rows = re.findall(r"^\| ((?:`\w+` ?)+)\|", text[: text.index("## A datagram's way")], re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    modules = {path.stem for path in (PAGE.parent.parent / "lb").glob("*.py")} - {"__init__", "__main__"}
+
+    assert sorted(named) == sorted(modules)
+
+
 def test_every_link_between_the_pages_leads_somewhere() -> None:
     root = PAGE.parent.parent
     for page in (*root.glob("*.md"), *root.glob("docs/*.md")):

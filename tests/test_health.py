@@ -219,6 +219,21 @@ def test_a_server_that_answers_stays_active(loop_factory: Any, host: str) -> Non
     run(story(), loop_factory)
 
 
+@LOOPS
+def test_an_answer_is_heard_at_once_even_by_a_socket_that_heard_an_error_before(loop_factory: Any) -> None:
+    async def story() -> None:
+        address = closed_port()
+        with watching(service(address, replace(PATIENT, interval=0.5, jitter=0, fall=1000))) as (monitor, _):
+            await eventually(lambda: now(monitor).results["refused"])
+            async with serving(answers, address):
+                await eventually(lambda: now(monitor).results["answered"])
+                round_trip = now(monitor).round_trip
+                assert round_trip is not None
+                assert round_trip < 0.4  # and not when the next probe is due
+
+    run(story(), loop_factory)
+
+
 def test_a_real_quic_server_is_active() -> None:
     async def story() -> None:
         quic = await serve("127.0.0.1", 0, configuration=QuicConfiguration(is_client=False))

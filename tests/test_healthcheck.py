@@ -244,6 +244,16 @@ CONFIGS = st.builds(
 )
 
 
+def test_who_is_doubted_to_be_dead_is_dead_after_another_hold_off() -> None:
+    world = World(check(), lambda _: LOSE).run(20)
+    seen = [world.check.dead]
+    world.check.doubt(20.0)
+    seen.append(world.check.dead)
+    seen += [world.run(20 + wait).check.dead for wait in (HOLD_OFF - 0.01, HOLD_OFF + STEADY.timeout)]
+
+    assert seen == [True, False, False, True]
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     config=CONFIGS,

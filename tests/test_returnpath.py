@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,45 @@ def test_two_processes_cannot_share_it(tmp_path: Path) -> None:
     file.close()
 
     ReturnPaths(tmp_path / "flows.map", 10, patience=0).close()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_not_a_file_does_no_harm(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "flows.map"
+    make(path)
+    left_behind(path, PATHS)
+
+    assert [r.message for r in caplog.records] == ["return-paths-ignored"]
+    assert found(path) == PATHS
+
+
+def test_what_cannot_be_put_in_place_is_said_and_does_no_harm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for in_the_way in (tmp_path / "flows.map" / "x", tmp_path / "flows.ignored" / "x"):
+        in_the_way.mkdir(parents=True)
+    left_behind(tmp_path / "flows.map", PATHS)
+
+    assert [r.message for r in caplog.records] == ["return-paths-ignored", "return-paths-lost"]
+
+
+@pytest.mark.parametrize("what", ["directory", "file"])
+def test_what_somebody_else_could_have_written_is_not_believed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    path = tmp_path / "there" / "flows.map"
+    left_behind(path, PATHS)
+    if os.geteuid() == 0:
+        os.chown(path if what == "file" else path.parent, 4711, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 4711)
+
+    if what == "directory" or os.geteuid() == 4711:
+        with pytest.raises(PermissionError, match="somebody else's"):
+            ReturnPaths(path, 10)
+    else:
+        assert found(path) == []
+        assert caplog.records[0].__dict__["fields"]["reason"] == "somebody else's"
 
 
 def test_a_directory_that_cannot_be_made_is_an_oserror(tmp_path: Path) -> None:

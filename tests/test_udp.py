@@ -6,7 +6,10 @@ import errno
 import os
 import resource
 import socket
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,7 @@ from lb.reset import reset_token, server_reset_key
 from lb.router import RouterLimits, Verdict
 from lb.routing import Backend, BackendState, FourTuple, RoutingTable, Service
 from lb.sockets import MSG_ERRQUEUE, SOL_UDP, UDP_GRO, UDP_SEGMENT, listening_port, upstream_port
+from lb.upstream import PORT_REST, ServicePolicy
 from tests.builders import RESET_KEY, long, server_id, short
 from tests.fleet import Fleet, eventually, free_port, quiet, udp_socket
 
@@ -114,6 +118,29 @@ def test_a_train_whose_cids_change_is_split_where_they_do() -> None:
                 assert [fleet.backends[b].recv(65536) for _ in expected] == expected
         assert quiet(*fleet.backends)
         assert fleet.verdicts() == {Verdict.CID: 16}
+
+
+def test_a_train_of_which_the_shortcut_takes_the_rest_is_counted_by_what_decided() -> None:
+    with Fleet(2) as fleet, fleet.client() as client:
+        home = fleet.table().fallback(FourTuple("127.0.0.1", client.getsockname()[1], *fleet.vip))
+        assert home is not None
+        cid = fleet.cid(home)
+        fleet.round_trip(client, short(cid), home)
+        train(client, [short(b"\xe3abc", 500), short(cid, 500), short(cid, 500)], 500, fleet.vip)
+        eventually(lambda: sum(fleet.verdicts().values()) == 4)
+
+        assert fleet.verdicts() == {Verdict.CID: 3, Verdict.FALLBACK: 1}
+        assert fleet.counters().services["web"].config_ids[0] == 3
+
+
+def test_an_empty_datagram_of_a_backend_is_not_lost_in_a_run() -> None:
+    with Fleet(1) as fleet, fleet.client() as client:
+        port = fleet.round_trip(client, short(fleet.cid(0)), 0)
+        sent = [b"a" * 1200, b"", b"b" * 1200, b"c" * 1200, b"", b""] * 8
+        for datagram in sent:
+            fleet.backends[0].sendto(datagram, port)
+
+        assert [client.recv(2000) for _ in sent] == sent
 
 
 def test_a_burst_of_single_datagrams_leaves_in_order_and_complete() -> None:
@@ -289,6 +316,20 @@ def test_pushed_resets_are_paced_and_stop_if_the_server_rises() -> None:
             client.close()
 
 
+def test_few_pushed_resets_a_second_are_few() -> None:
+    with Fleet(push_rate=20) as fleet:
+        clients = [udp_socket() for _ in range(5)]
+        for client in clients:
+            fleet.round_trip(client, short(fleet.cid(1)), 1)
+        begun = time.monotonic()
+        fleet.apply(fleet.table(["b1"], b1=DOWN))
+        eventually(lambda: fleet.counters().services["web"].resets_pushed == 5)
+
+        assert time.monotonic() - begun >= 4 / 20
+        for client in clients:
+            client.close()
+
+
 def test_a_client_that_got_no_further_than_long_headers_is_told_too() -> None:
     """Its last flight may have been a Handshake and a 1-RTT packet in one datagram: a long header comes first."""
     with Fleet() as fleet, fleet.client() as client:
@@ -325,6 +366,45 @@ def test_a_vanished_backend_port_makes_a_suspect_and_harms_nobody_else() -> None
         assert counters.services["web"].backends["b0"].unreachable > 0
         assert counters.services["web"].backends["b1"].datagrams_from == 51
         assert counters.failures[Drop.BUFFER_FULL] == 0
+
+
+def said_all(fleet: Fleet) -> bool:
+    """None of the engine's sockets has anything to report, so that it sleeps."""
+    epoll = fleet.engine._epoll
+    assert epoll is not None
+    return not epoll.poll(0)
+
+
+@pytest.mark.parametrize(("vip", "backend_host", "size"), [("127.0.0.1", "::1", 65507), ("::1", "::1", 65527)])
+def test_a_datagram_too_long_to_be_sent_on_does_not_keep_the_engine_awake(
+    vip: str, backend_host: str, size: int
+) -> None:
+    """The kernel queues an error for it that receiving does not report. Fragments can make such a datagram anywhere."""
+    with Fleet(1, listen=[vip], backend_hosts=[backend_host]) as fleet, fleet.client(vip) as client:
+        cid = fleet.cid(0)
+        fleet.round_trip(client, short(cid), 0)
+        client.sendto(short(cid, size), fleet.vip)
+        eventually(lambda: fleet.counters().failures[Drop.TOO_LARGE] == 1)
+
+        eventually(lambda: said_all(fleet))
+        assert fleet.counters().services["web"].backends["b0"].unreachable == 0
+        assert fleet.suspects == []
+
+
+def test_an_error_that_a_send_was_told_of_does_not_keep_the_engine_awake() -> None:
+    with Fleet(2) as fleet, fleet.client() as client:
+        for backend in range(2):
+            fleet.round_trip(client, short(fleet.cid(backend)), backend)
+        fleet.backends[0].close()
+        dead, alive = short(fleet.cid(0)), short(fleet.cid(1))
+        for _ in range(20):  # in one batch: the second is sent after the error of the first has come back
+            for datagram in (dead, alive) * 4:
+                client.sendto(datagram, fleet.vip)
+            for _ in range(4):
+                fleet.backends[1].recv(2000)
+
+        eventually(lambda: said_all(fleet))
+        assert set(fleet.suspects) == {"b0"}
 
 
 def test_a_backend_that_answers_nothing_is_suspected_one_that_is_idle_is_not() -> None:
@@ -377,10 +457,45 @@ def test_at_the_socket_limit_an_old_flow_goes_and_the_newest_comes() -> None:
             fleet.round_trip(client, short(fleet.cid(0)), 0)
         counters = fleet.counters()
 
-        assert (counters.flows, counters.flows_evicted, counters.sockets) == (3, 5, 4)
+        assert (counters.flows, counters.flows_evicted, counters.sockets) == (3, 5, 3)
         assert clients[-1].getsockname() in {flow.client for flow in fleet.engine._nat.flows}
         for client in clients:
             client.close()
+
+
+def test_backends_of_one_family_leave_sockets_for_those_of_the_other() -> None:
+    with Fleet(2, backend_hosts=["127.0.0.1", "::1"], sockets=6) as fleet:
+        clients = [udp_socket() for _ in range(8)]
+        for client in clients:
+            fleet.round_trip(client, short(fleet.cid(0)), 0)
+        for client in clients[:3]:
+            fleet.round_trip(client, short(fleet.cid(1)), 1)
+        counters = fleet.counters()
+
+        assert (counters.flows, counters.flows_evicted, counters.sockets) == (6, 5, 6)
+        for client in clients:
+            client.close()
+
+
+def test_without_descriptors_for_a_moment_it_is_without_sockets_for_a_moment() -> None:
+    with Fleet(1) as fleet, fleet.client() as client:
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        next_free = os.open(os.devnull, os.O_RDONLY)
+        os.close(next_free)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (next_free, before[1]))
+            client.sendto(short(fleet.cid(0)), fleet.vip)
+            eventually(lambda: fleet.counters().failures[Drop.NO_SOCKET] == 1)
+            assert fleet.counters().socket_limit == 0
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+        def gets_through() -> bool:
+            client.sendto(short(fleet.cid(0)), fleet.vip)
+            return not quiet(fleet.backends[0], seconds=0.05)
+
+        eventually(gets_through)
+        assert fleet.counters().socket_limit == 200
 
 
 def test_without_descriptors_it_goes_on_with_the_sockets_it_has() -> None:
@@ -415,6 +530,44 @@ def test_idle_flows_expire_and_their_ports_rest_before_they_serve_again() -> Non
         assert quiet(one, two)
 
 
+def test_a_port_rests_for_all_services_that_share_a_backend() -> None:
+    """Replies are told apart by port and backend: to give both to another service's client would mix them up."""
+    with Fleet(1, idle_timeout=0.2, new_flow_timeout=0.2) as fleet, fleet.client() as one, fleet.client() as two:
+        port = free_port()
+        api = Service("api", (Address("127.0.0.1", port),), fleet.service.cid_slots, fleet.service.backends, "a seed")
+        policy = ServicePolicy(router=RouterLimits(), push_rate=0, silence=0)
+        fleet.engine.set_policies({"web": policy, "api": policy})
+        fleet.call(fleet.engine.apply([fleet.table(), RoutingTable.build(api)]))
+        of_one = fleet.round_trip(one, short(fleet.cid(0)), 0)
+        eventually(lambda: fleet.counters().flows == 0)
+        of_two = fleet.round_trip(two, short(fleet.cid(0)), 0, to=("127.0.0.1", port))
+
+        assert of_one != of_two
+
+
+def test_nothing_expires_because_the_process_was_stopped() -> None:
+    class Later:
+        """The loop, after a stop of 1000 seconds."""
+
+        def __init__(self, loop: Any) -> None:
+            self._loop = loop
+
+        def time(self) -> float:
+            return float(self._loop.time()) + 1000
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._loop, name)
+
+    with Fleet(1) as fleet, fleet.client() as client:
+        port = fleet.round_trip(client, short(fleet.cid(0)), 0)
+        fleet.engine._loop = Later(fleet.engine._loop)  # type: ignore[assignment]
+        ticks = eventually(lambda: fleet.engine._stopped_for) and fleet.engine._looked_at
+        eventually(lambda: fleet.engine._looked_at > ticks)
+
+        assert fleet.round_trip(client, short(fleet.cid(0)), 0) == port
+        assert fleet.counters().flows_expired == 0
+
+
 def test_a_successor_carries_on_where_a_dead_process_stopped(tmp_path: Path) -> None:
     with Fleet(2, runtime=tmp_path) as fleet, fleet.client() as client, fleet.client("127.0.0.5") as other:
         seen_as = fleet.round_trip(client, short(fleet.cid(1)), 1)
@@ -439,6 +592,40 @@ def test_a_client_that_only_receives_is_told_even_by_a_successor(tmp_path: Path)
             successor.apply(successor.table(["b1"], b1=DOWN))
 
             assert client.recv(2000)[-16:] == reset_token(server_reset_key(RESET_KEY, 0, server_id(1)), cid)  # type: ignore[arg-type]
+
+
+def test_a_successor_that_knows_of_a_death_from_the_start_tells_the_clients(tmp_path: Path) -> None:
+    class Bereaved(Fleet):
+        def table(self, dead: Sequence[str] = (), **states: BackendState) -> RoutingTable:
+            return super().table(["b1"], b1=DOWN)
+
+    with Fleet(2, runtime=tmp_path) as fleet, fleet.client() as client:
+        cid = fleet.cid(1)
+        fleet.round_trip(client, short(cid), 1)
+        fleet.stop()
+        with Bereaved(runtime=tmp_path, of=fleet):
+            assert client.recv(2000)[-16:] == reset_token(server_reset_key(RESET_KEY, 0, server_id(1)), cid)  # type: ignore[arg-type]
+
+
+def test_ports_of_restored_flows_that_end_are_not_given_to_two(tmp_path: Path) -> None:
+    with Fleet(1, runtime=tmp_path) as fleet:
+        clients = [udp_socket() for _ in range(12)]
+        for client in clients[:4]:
+            fleet.round_trip(client, short(fleet.cid(0)), 0)
+        fleet.stop()
+        with Fleet(runtime=tmp_path, of=fleet, idle_timeout=0.2, new_flow_timeout=60) as successor:
+            eventually(lambda: successor.counters().flows_expired == 4)
+            rested = successor.engine._now() + PORT_REST
+            seen_as: list[Any] = []
+            for client in clients[4:]:
+                if len(seen_as) == 4:
+                    eventually(lambda: successor.engine._now() > rested)
+                client.sendto(short(fleet.cid(0)), fleet.vip)
+                seen_as.append(fleet.backends[0].recvfrom(2000)[1])
+
+            assert successor.counters().flows == len(set(seen_as)) == 8
+        for client in clients:
+            client.close()
 
 
 def test_an_address_in_use_changes_nothing() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any, cast
 
 from lb.address import Address
-from lb.upstream import Flow, Flows, Member, SilenceWatch, Upstream, most_idle
+from lb.upstream import PORT_REST, SAMPLE, Flow, Flows, Member, Ports, SilenceWatch, Upstream, most_idle
 
 MEMBER = Member("web", "b0", Address("192.0.2.1", 443))
 
@@ -81,6 +82,48 @@ def test_for_a_backends_port_a_young_flow_goes_before_an_established_one() -> No
     assert most_idle(MEMBER, pool, 0) is made[2]
     made[2].established = True
     assert [most_idle(MEMBER, pool, start) for start in (0, 2)] == [made[1]] * 2
+
+
+def test_no_port_is_handed_out_twice_or_before_it_has_rested() -> None:
+    for seed in range(50):
+        random = Random(seed)
+        pool = [cast("Upstream", FakeUpstream()) for _ in range(6)]
+        ports, now = Ports(), 0.0
+        in_use = set(random.sample(pool, random.randrange(6)))  # by flows of a dead process
+        rests_until = dict.fromkeys(pool, 0.0)
+        for carried in in_use:
+            ports.carry_on(carried)
+        for _ in range(200):
+            now += random.random()
+            if random.random() < 0.4 and in_use:
+                back = random.choice(sorted(in_use, key=id))
+                in_use.remove(back)
+                ports.give_back(back, now)
+                rests_until[back] = now + PORT_REST
+            elif random.random() < 0.9:
+                taken = ports.take(pool, now)
+                if taken is None:
+                    assert all(port in in_use or rests_until[port] > now for port in pool), f"seed {seed}"
+                    if len(pool) < 12:
+                        pool.append(cast("Upstream", FakeUpstream()))
+                        rests_until[pool[-1]] = 0.0
+                    continue
+                assert taken not in in_use, f"seed {seed}"
+                assert rests_until[taken] <= now, f"seed {seed}"
+                in_use.add(taken)
+            else:
+                early = ports.take_early()
+                assert early not in in_use, f"seed {seed}"
+                if early is not None:
+                    in_use.add(early)
+
+
+def test_who_gives_up_a_port_is_looked_for_everywhere_in_the_end() -> None:
+    pool = [flow(float(i)).upstream for i in range(4 * SAMPLE)]
+    ports = Ports()
+    asked = [ports.victim(MEMBER, pool) for _ in range(4)]
+
+    assert {found.seen for found in asked if found} == {0.0, 1.0 * SAMPLE, 2.0 * SAMPLE, 3.0 * SAMPLE}
 
 
 def test_silence_is_suspicious_only_under_traffic_and_after_some_time() -> None:

@@ -64,10 +64,12 @@ class Scene:
         self.report.say(text)
 
     @contextlib.asynccontextmanager
-    async def watching(self, transfers: Iterable[Transfer]) -> AsyncIterator[None]:
-        """Show how far transfers are."""
-        watched = list(transfers)
-        async with self.report.watching(lambda: "  ".join(f"{t.path} {len(t.body):,}" for t in watched)):
+    async def watching(self, downloads: Iterable[tuple[str, Transfer]]) -> AsyncIterator[None]:
+        """Show how many octets each client has."""
+        watched = list(downloads)
+        async with self.report.watching(
+            lambda: ", ".join(f"{stack} {len(transfer.body):,}" for stack, transfer in watched) + " octets"
+        ):
             yield
 
 
@@ -136,7 +138,7 @@ async def nat_rebinding(scene: Scene) -> str:
         _expect(len(await guest.transfer.complete()), DOWNLOAD, f"octets of {guest.stack}")
 
     async with _through_relays(scene, scene.one.address, path) as guests:
-        async with scene.watching(guest.transfer for guest in guests):
+        async with scene.watching((guest.stack, guest.transfer) for guest in guests):
             await asyncio.gather(*(download(guest) for guest in guests))
         pause = _longest_pause(guests)
         return f"{len(guests)} downloads of {DOWNLOAD:,} octets complete, longest pause {pause} ({_names(guests)})"
@@ -181,7 +183,7 @@ async def family_change(scene: Scene) -> str:
             old = guest.relay.outside
             await guest.move(scene.one.address)
             scene.say(f"{guest.stack}: the balancer sees it come from {guest.relay.outside}, no longer {old}")
-        async with scene.watching(guest.transfer for guest in guests):
+        async with scene.watching((guest.stack, guest.transfer) for guest in guests):
             await _expect_bodies(guests, slow_body(2))
         return f"downloads complete, longest pause {_longest_pause(guests)} ({_names(guests)})"
 
@@ -205,7 +207,7 @@ async def balancer_killed(scene: Scene) -> str:
         scene.say(f"flows restored: {flows}; now the clients may speak again")
         for guest in guests:
             guest.relay.is_muted = False
-        async with scene.watching(guest.transfer for guest in guests):
+        async with scene.watching((guest.stack, guest.transfer) for guest in guests):
             await _expect_bodies(guests, slow_body(4))
         pause = _longest_pause(guests)
         return (
@@ -221,7 +223,7 @@ async def takeover(scene: Scene) -> str:
         for guest in guests:
             await guest.move(scene.two.address)
         scene.say(f"the network sends all clients to the second balancer, {scene.two.address}")
-        async with scene.watching(guest.transfer for guest in guests):
+        async with scene.watching((guest.stack, guest.transfer) for guest in guests):
             await _expect_bodies(guests, slow_body(2))
         moved = (await scene.two.metrics()).value("quiclb_moves_total") - before
         if moved < len(guests):
@@ -239,9 +241,10 @@ async def frozen(scene: Scene) -> str:
         await asyncio.sleep(FREEZE)
         server.child.signal(signal.SIGCONT)
         scene.say(f"SIGCONT after {_ms(FREEZE)}")
-        async with scene.watching(session.transfers[-1] for session in sessions):
-            for session in sessions:
-                _expect(await session.transfers[-1].complete(), slow_body(3), "body")
+        downloads = [session.transfers[-1] for session in sessions]
+        async with scene.watching(zip(scene.stacks, downloads, strict=True)):
+            for download in downloads:
+                _expect(await download.complete(), slow_body(3), "body")
         verdicts = scene.one.child.find("backend-down", began, backend=server.name)
         if scene.one.child.find("backend-dead", began):
             raise StepFailedError("it was declared dead, before the hold-off was over")
@@ -262,7 +265,7 @@ async def backend_killed(scene: Scene) -> str:
             session = await _place(scene, opened, stack, server.name, "/slow/20", relay=relay, is_talkative=True)
             deaf.append(Guest(stack, relay, session))
         others = [
-            await _place(scene, opened, stack, other.name, "/slow/6")
+            (stack, (await _place(scene, opened, stack, other.name, "/slow/6")).transfers[-1])
             for stack in scene.libraries
             for other in scene.stage.servers.values()
             if other is not server
@@ -296,10 +299,10 @@ async def backend_killed(scene: Scene) -> str:
 
         again = await asyncio.gather(*(_reconnect(scene, stack, server.name) for stack in scene.stacks))
         scene.say(f"they connect again: {', '.join(again)}")
-        async with scene.watching(session.transfers[-1] for session in others):
-            for session in others:
-                _expect(await session.transfers[-1].complete(), slow_body(6), "body")
-        pause = max(session.transfers[-1].longest_pause for session in others)
+        async with scene.watching(others):
+            for _, download in others:
+                _expect(await download.complete(), slow_body(6), "body")
+        pause = max(download.longest_pause for _, download in others)
         if pause > NOTICEABLE:
             raise StepFailedError(f"a client of another backend had to wait for {_ms(pause)}")
         scene.say(

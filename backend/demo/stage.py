@@ -247,6 +247,7 @@ class Play:
     push: bool = True
     workers: int = 1
     retry: bool = False
+    host: str = "127.0.0.1"  # the address that clients send to, besides ::1
     health: Mapping[str, Any] = field(
         default_factory=lambda: {"interval": "250ms", "timeout": "200ms", "fall": 2, "rise": 2, "silence": "300ms"}
     )
@@ -295,7 +296,7 @@ class Stage:
     async def start_balancer(self, name: str = "one") -> Balancer:
         """Start a balancer with the configuration that all of them share, on ports of its own."""
         port, admin_port = free_ports(2)
-        listen = [Address("127.0.0.1", port)] + ([Address("::1", port)] if has_ipv6() else [])
+        listen = [Address(self.play.host, port)] + ([Address("::1", port)] if has_ipv6() else [])
         admin = Address("127.0.0.1", admin_port)
         service = {
             "name": SERVICE,
