@@ -186,7 +186,13 @@ def _arguments() -> argparse.Namespace:
         metavar="FILE",
         help="32 hex digits, the key of Retry tokens, where several processes share it (default: random)",
     )
-    parser.add_argument("--max-connections", type=int, default=MAX_CONNECTIONS, metavar="N", help="(%(default)s)")
+    parser.add_argument(
+        "--max-connections",
+        type=int,
+        default=MAX_CONNECTIONS,
+        metavar="N",
+        help="connections at a time (default: %(default)s)",
+    )
     parser.add_argument(
         "--reset-rate",
         type=float,
@@ -194,8 +200,15 @@ def _arguments() -> argparse.Namespace:
         metavar="N",
         help="Stateless Resets per second (%(default)g); 0 is no limit",
     )
-    parser.add_argument("--log-level", choices=LEVELS, default="info")
-    parser.add_argument("--log-format", choices=FORMATS, default="text")
+    parser.add_argument(
+        "--log-level",
+        choices=LEVELS,
+        default="info",
+        help="the least important level that is logged (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--log-format", choices=FORMATS, default="text", help="lines of key=value, or of JSON (default: %(default)s)"
+    )
     args = parser.parse_args()
     args.listen = args.listen or [Address("127.0.0.1", 4433)]
     if len({address.is_ipv6 for address in args.listen}) < len(args.listen):

@@ -28,6 +28,8 @@ class Address(NamedTuple):
             raise ValueError(f"{text!r}: expected an IP address before the port, not {host!r}") from None
         if bracketed != (ip.version == 6):
             raise ValueError(f"{text!r}: IPv6 addresses, and only those, go in brackets")
+        if ip.version == 6 and ip.scope_id is not None:
+            raise ValueError(f"{text!r}: an address with a zone; expected one that means the same on every link")
         if ip.version == 6 and ip.ipv4_mapped is not None:
             raise ValueError(f"{text!r}: an IPv4-mapped address; write it as IPv4")
         return cls(str(ip), int(port))

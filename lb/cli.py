@@ -176,7 +176,10 @@ def _key_from(path: Path, length: int) -> bytes:
 
 
 def _octets(text: str) -> bytes:
-    return bytes.fromhex(text)
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected hex digits, two for each octet") from None
 
 
 def _version() -> str:

@@ -31,7 +31,7 @@ __all__ = [
 
 def load_config(path: Path) -> LbConfig:
     """Read a configuration and the key files it names. Raises ConfigErrors with every mistake in them."""
-    document = Document(path)
+    document = Document.of_keys(path)
     reading = Reading(document)
     config: LbConfig = Record(LbConfig).read(document.root, "", reading)
     if config is INVALID:

@@ -51,6 +51,17 @@ class Document:
         except _UnusableError as error:
             raise ConfigErrors(str(path), [ConfigError(shown_file(path), str(error))]) from None
 
+    @classmethod
+    def of_keys(cls, path: Path) -> Document:
+        """A file that has keys at its top. Raises ConfigErrors, with the file's name for a path, for any other."""
+        document = cls(path)
+        root = document.root
+        if root is not None and not isinstance(root, dict):
+            found = "a list" if isinstance(root, list) else shown(root.text)
+            message = f"{found}: expected a mapping of keys to values"
+            raise ConfigErrors(str(path), [ConfigError(shown_file(path), message)])
+        return document
+
     def raise_mistakes(self) -> None:
         """Raise ConfigErrors, in the order of the file, if there were any mistakes."""
         if self.mistakes:

@@ -33,7 +33,7 @@ class ServerConfig:
 
 def load_server_config(path: Path) -> ServerConfig:
     """Read a server's file and the key files it names. Raises ConfigErrors with every mistake in them."""
-    document = Document(path)
+    document = Document.of_keys(path)
     reading = Reading(document)
     keys: ServerKeys = Record(ServerKeys).read(document.root, "", reading)
     if keys is INVALID:

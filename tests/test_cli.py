@@ -570,7 +570,10 @@ def test_a_reader_that_goes_away_is_no_error(directory: Path) -> None:
 
 
 def test_control_c_is_no_error() -> None:
-    with process("cid", "decode", start_new_session=True) as talk:
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever started the tests may have them ignore it
+
+    with process("cid", "decode", start_new_session=True, preexec_fn=heed) as talk:
         assert talk.stdin
         assert talk.stdout
         assert talk.stderr

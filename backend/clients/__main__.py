@@ -17,19 +17,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m backend.clients", description="Send one HTTP/3 request and print what comes, as it comes."
     )
-    parser.add_argument("server", type=Address.parse, metavar="ADDRESS:PORT")
+    parser.add_argument("server", type=_address, metavar="ADDRESS:PORT", help="a balancer, or a server itself")
     parser.add_argument("path", nargs="?", default="/whoami", help="(default: /whoami)")
     parser.add_argument("--stack", choices=sorted(LIBRARIES), default="aioquic", help="(default: %(default)s)")
-    parser.add_argument("--local", metavar="ADDRESS", help="send from there")
+    parser.add_argument("--local", metavar="ADDRESS", help="send from this address (default: the kernel's choice)")
     args = parser.parse_args(argv)
     try:
         asyncio.run(_get(args))
     except (OSError, ValueError) as error:  # a connection's end and a timeout are OSErrors too
-        print(f"{args.server}: {error or type(error).__name__}", file=sys.stderr)
+        why = "no answer in time" if isinstance(error, TimeoutError) else error or type(error).__name__
+        print(f"{args.server}: {why}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _address(written: str) -> Address:
+    try:
+        return Address.parse(written)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 async def _get(args: argparse.Namespace) -> None:

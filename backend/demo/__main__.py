@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from backend.clients.fleet import LIBRARIES, STACKS, missing
 from backend.demo.report import Report
 from backend.demo.scenario import Scene, closing_figures, play
-from backend.demo.stage import Play, Stage, StageError, stage
+from backend.demo.stage import ROOT, Play, Stage, StageError, stage
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 2, 130, 141
 
@@ -84,7 +84,7 @@ async def _demonstrate(report: Report, stacks: Sequence[str], *, stay: bool) -> 
 async def _stay(report: Report, set_up: Stage) -> None:
     address = set_up.balancers["one"].address
     pids = ", ".join(f"{server.name} {server.child.pid}" for server in set_up.servers.values())
-    report.heading(f"Still running at {address}. Ctrl-C ends it.")
+    report.heading(f"Still running at {address}. Ctrl-C ends it. In {ROOT}:")
     for line in (
         f"{sys.executable} -m backend.clients {address} /whoami",
         f"{sys.executable} -m backend.clients {address} /slow/30",
