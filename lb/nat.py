@@ -91,8 +91,7 @@ class Nat:
         return flow
 
     def _add(self, flow: Flow) -> None:
-        flow.sibling = flow.listener.flows.get(flow.key)
-        flow.listener.flows[flow.key] = flow
+        link(flow)
         flow.upstream.flows[flow.member.raw] = flow
         flow.member.flows += 1
         self.flows.add(flow)
@@ -237,6 +236,11 @@ class Nat:
 def bring_forward(flow: Flow) -> None:
     """Make a flow the first of its client's, the one whose CID is looked at first."""
     unlink(flow)
+    link(flow)
+
+
+def link(flow: Flow) -> None:
+    """Put a flow at the head of the chain of its client's."""
     flow.sibling = flow.listener.flows.get(flow.key)
     flow.listener.flows[flow.key] = flow
 

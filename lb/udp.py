@@ -21,7 +21,7 @@ from lb.address import Address
 from lb.engine import Counters, Drop, Suspect
 from lb.mmsg import Batch, socket_address
 from lb.nat import Nat, UdpLimits, bring_forward, host_of
-from lb.packet import parse_header
+from lb.packet import LONG_HEADER, parse_header
 from lb.returnpath import ReturnPaths
 from lb.router import Verdict
 from lb.routing import FourTuple, RoutingTable
@@ -37,8 +37,6 @@ from lb.sockets import (
     source_control,
 )
 from lb.upstream import ENDED, NO_SHORTCUT, OTHER, Flow, Key, Listener, Member, RunningService, ServicePolicy, Upstream
-
-LONG_HEADER = 0x80  # RFC 8999, section 5.1
 
 # Ours.
 BATCH = 64  # receives per socket and turn of the loop
@@ -254,22 +252,17 @@ class UdpEngine:
     ) -> None:
         """Ask the router about every datagram of what was received; cut a train where its flow changes, and send."""
         key = client if local is None else (client, local)
-        size = len(received)
+        octets, size = bytes(received), len(received)
         segment = segment or size or 1
         start = 0
         while True:
             stop = min(start + segment, size)
-            flow, config = self._admit(
-                listener, key, client, local, listener.flows.get(key), bytes(received[start:stop]), now
-            )
+            flow, config = self._admit(listener, key, client, local, octets[start:stop], now)
             count = 1
             if flow is not None:
                 # The datagram may have made the shortcut that the next ones of its train take.
-                cid = flow.shortcut
-                while stop < size and all_of(
-                    cid, bytearray(received[stop : stop + segment]), min(segment, size - stop), segment
-                ):
-                    stop = min(stop + segment, size)
+                while (more := octets[stop : stop + segment]) and all_of(flow.shortcut, more, len(more), segment):
+                    stop += len(more)
                     count += 1
                 flow.seen = now
                 flow.member.by_config[config] += 1
@@ -286,7 +279,6 @@ class UdpEngine:
         key: Key,
         client: bytes,
         local: bytes | None,
-        head: Flow | None,
         datagram: bytes,
         now: float,
     ) -> tuple[Flow | None, int]:
@@ -311,7 +303,7 @@ class UdpEngine:
             return None, OTHER
 
         member = service.members[backend]
-        flow = head
+        head = flow = listener.flows.get(key)
         while flow is not None and flow.member is not member:
             flow = flow.sibling
         is_short = datagram[0] < LONG_HEADER
@@ -498,7 +490,7 @@ class UdpEngine:
         now = self._now()
         for flow in self._nat.flows.expired(now, SWEEP, self._limits.idle_timeout, self._limits.new_flow_timeout):
             self._counters.flows_expired += 1
-            self._nat.end(flow, self._now())
+            self._nat.end(flow, now)
         for service in self._services.values():
             service.router.sweep(now, SWEEP // 16)
             if not service.policy.silence:
@@ -548,7 +540,7 @@ class UdpEngine:
             self._nat.end(flow, self._now())
 
 
-def all_of(cid: bytes, buffer: bytearray, size: int, segment: int) -> bool:
+def all_of(cid: bytes, buffer: bytes | bytearray, size: int, segment: int) -> bool:
     """Whether every datagram of a train is a short header packet with this CID.
 
     The train is the first `size` octets of `buffer`, cut every `segment` octets; what is behind them is stale.

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 from lb.address import Address
@@ -66,13 +68,12 @@ class RunningService:
 class Listener:
     """One address that clients send to, and the flows that came in through it."""
 
-    __slots__ = ("address", "flows", "port", "service", "wildcard")
+    __slots__ = ("address", "flows", "port", "service")
 
     def __init__(self, address: Address, port: Port, service: RunningService) -> None:
         self.address = address
         self.port = port
         self.service = service
-        self.wildcard = address.is_wildcard
         # The flow that a client used last; its others hang on `sibling`.
         self.flows: dict[Key, Flow] = {}
 
@@ -277,49 +278,33 @@ class Flows:
 
     def expired(self, now: float, steps: int, idle: float, young: float) -> list[Flow]:
         """Of the next `steps` flows those idle for over `idle` seconds, or `young` if not established."""
-        found = []
-        for _ in range(min(steps, len(self._slots))):
-            if self._hand >= len(self._slots):
-                self._hand = 0
-            flow = self._slots[self._hand]
-            self._hand += 1
-            if flow is not None and now - flow.seen > (idle if flow.established else young):
-                found.append(flow)
-        return found
+        return [
+            flow
+            for flow in self._next(min(steps, len(self._slots)))
+            if now - flow.seen > (idle if flow.established else young)
+        ]
 
     def victim(self) -> Flow | None:
         """A flow to give up: the oldest that is not established, else the most idle of a sample."""
         young = next(iter(self._young), None)
         if young is not None:
             return young
-        sample = []
-        for _ in range(len(self._slots)):
+        sample = islice(self._next(len(self._slots)), SAMPLE)
+        return min(sample, key=attrgetter("seen"), default=None)
+
+    def _next(self, steps: int) -> Iterator[Flow]:
+        """The flows of the next `steps` numbers, round and round; whoever comes next goes on from there."""
+        for _ in range(steps):
             if self._hand >= len(self._slots):
                 self._hand = 0
             flow = self._slots[self._hand]
             self._hand += 1
             if flow is not None:
-                sample.append(flow)
-                if len(sample) >= SAMPLE:
-                    break
-        return min(sample, key=_seen, default=None)
+                yield flow
 
 
 def most_idle(member: Member, upstreams: Sequence[Upstream], start: int) -> Flow | None:
     """A flow of one backend to give up, so that another may have its port: young ones first, from a sample."""
-    sample = []
-    for offset in range(len(upstreams)):
-        flow = upstreams[(start + offset) % len(upstreams)].flows.get(member.raw)
-        if flow is not None:
-            sample.append(flow)
-            if len(sample) >= SAMPLE:
-                break
-    return min(sample, key=_established_and_seen, default=None)
-
-
-def _seen(flow: Flow) -> float:
-    return flow.seen
-
-
-def _established_and_seen(flow: Flow) -> tuple[bool, float]:
-    return flow.established, flow.seen
+    found = (upstreams[(start + offset) % len(upstreams)].flows.get(member.raw) for offset in range(len(upstreams)))
+    sample = islice((flow for flow in found if flow is not None), SAMPLE)
+    return min(sample, key=attrgetter("established", "seen"), default=None)

@@ -400,11 +400,17 @@ class FakeServer(threading.Thread):
             self.sock.sendto(b"\xc0" + bytes(4) + cids + b"\0\0\0\1", client)
 
 
-def test_a_silent_backend_goes_down_then_dead_and_its_client_is_told(site: Site) -> None:
-    site.service_options = "health: {interval: 100ms, timeout: 100ms, fall: 2}\n    resets: {hold-off: 300ms}"
+def watched(site: Site, *, interval: str, hold_off: str) -> tuple[Process, list[FakeServer]]:
+    """A balancer that probes its backends, and those, which answer."""
+    health = f"health: {{interval: {interval}, timeout: 100ms, fall: 2}}"
+    site.service_options = f"{health}\n    resets: {{hold-off: {hold_off}}}"
     site.write()
     servers = [FakeServer(sock) for sock in site.backends]
-    process = site.start()
+    return site.start(), servers
+
+
+def test_a_silent_backend_goes_down_then_dead_and_its_client_is_told(site: Site) -> None:
+    process, servers = watched(site, interval="100ms", hold_off="300ms")
     with udp_socket() as client:
         client.sendto(short(site.cid(1)), site.vip)
         servers[1].silent.set()
@@ -421,10 +427,7 @@ def test_a_silent_backend_goes_down_then_dead_and_its_client_is_told(site: Site)
 
 
 def test_with_every_backend_down_it_fails_open_says_so_loudly_and_resets_nobody(site: Site) -> None:
-    site.service_options = "health: {interval: 100ms, timeout: 100ms, fall: 2}\n    resets: {hold-off: 200ms}"
-    site.write()
-    servers = [FakeServer(sock) for sock in site.backends]
-    process = site.start()
+    process, servers = watched(site, interval="100ms", hold_off="200ms")
     for server in servers:
         server.silent.set()
     loud = process.event("fail-open")
@@ -446,10 +449,7 @@ def test_with_every_backend_down_it_fails_open_says_so_loudly_and_resets_nobody(
 
 def test_when_fail_open_is_over_nobody_is_dead_who_has_not_been_asked_since(site: Site) -> None:
     """It may have been our own network that was down. That one answers first must not cost the others' clients."""
-    site.service_options = "health: {interval: 300ms, timeout: 100ms, fall: 2}\n    resets: {hold-off: 900ms}"
-    site.write()
-    servers = [FakeServer(sock) for sock in site.backends]
-    process = site.start()
+    process, servers = watched(site, interval="300ms", hold_off="900ms")
     with udp_socket() as client:
         client.sendto(short(site.cid(1)), site.vip)
         for server in servers:

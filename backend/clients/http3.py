@@ -112,9 +112,6 @@ class Http3Client(asyncio.DatagramProtocol):
     async def get(self, path: str, progress: Callable[[int], None] | None = None) -> bytes:
         return await self.begin(path, progress=progress).complete()
 
-    async def post(self, path: str, body: bytes) -> bytes:
-        return await self.begin(path, body).complete()
-
     async def whoami(self) -> dict[str, Any]:
         """What the backend says about itself and this connection."""
         answer: dict[str, Any] = json.loads(await self.get("/whoami"))
