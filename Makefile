@@ -2,15 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint format setup clean
+.PHONY: demo test bench lint format build wheel setup clean
 
-demo: setup            ## three backends, a balancer, real clients, every move (ARGS=--stay keeps it running)
-	@$(BIN)/python -m backend.demo $(ARGS)
+ENGINE ?= udp
 
-test: setup            ## all tests (ARGS="-k reset" for some)
+demo: build            ## three backends, a balancer, real clients, every move (ENGINE=xdp; ARGS=--stay keeps it running)
+	@$(BIN)/python -m backend.demo --engine $(ENGINE) $(ARGS)
+
+test: build            ## all tests (ARGS="-k reset" for some)
 	@$(BIN)/python -m pytest $(ARGS)
 
-bench: setup           ## the tables of docs/performance.md (ARGS="decision memory" for some parts)
+bench: build           ## the tables of docs/performance.md (ARGS="decision memory" for some parts)
 	@$(BIN)/python -m bench $(ARGS)
 
 lint: setup            ## what a reviewer would run
@@ -18,14 +20,20 @@ lint: setup            ## what a reviewer would run
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/yamllint --strict .
-	@$(BIN)/shellcheck .ci/run .ci/setup
+	@$(BIN)/shellcheck .ci/run .ci/setup .ci/build-bpf
 
 format: setup
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+build: setup           ## the xdp engine's program
+	@sh .ci/build-bpf
+
+wheel: build           ## a wheel with the program in it, in dist/
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
 setup:
 	@PYTHON="$(PYTHON)" sh .ci/setup
 
 clean:
-	rm -rf .venv build dist *.egg-info bench/build bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info bench/build bench/results lb/xdp/*.bpf.o .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -166,7 +166,7 @@ def _arguments() -> argparse.Namespace:
         action="append",
         type=_listen_address,
         metavar="ADDRESS:PORT",
-        help="where to listen, at most once for each address family; port 0 is any (default: 127.0.0.1:4433)",
+        help="where to listen, as often as there are addresses; port 0 is any (default: 127.0.0.1:4433)",
     )
     parser.add_argument(
         "--server-config",
@@ -211,8 +211,6 @@ def _arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     args.listen = args.listen or [Address("127.0.0.1", 4433)]
-    if len({address.is_ipv6 for address in args.listen}) < len(args.listen):
-        parser.error("--listen: at most once for each address family")
     if (args.cert is None) != (args.key is None):
         parser.error("--cert and --key go together")
     return args

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from functools import partial
@@ -47,6 +47,7 @@ SOCKET_BUFFER = 4 << 20  # octets, as far as net.core.rmem_max lets us: bursts a
 RETIRED_CID_LINGERS = 3.0  # seconds; packets overtaken by RETIRE_CONNECTION_ID are late, not strange
 TOKEN_KEY_LENGTH = 16  # octets
 MAX_CONNECTIONS = 10_000  # about 1.2 GB of aioquic
+MAX_ELSEWHERE = 65_536  # addresses that are remembered because they were not heard on the first socket of their family
 
 
 class Outcome(Enum):
@@ -89,29 +90,59 @@ class RetryTokens(QuicRetryTokenHandler):
 
 
 class Sockets(asyncio.DatagramTransport):
-    """One socket for each address family, as the one transport that aioquic knows.
+    """All sockets, as the one transport that aioquic knows: each client is sent to from where it was heard last.
 
-    Python's addresses are pairs in IPv4 and quadruples in IPv6, so that an address says which socket reaches it.
+    Python's addresses are pairs in IPv4 and quadruples in IPv6, so that an address says which family reaches it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._by_address_length: dict[int, asyncio.DatagramTransport] = {}
+        self._all: list[asyncio.DatagramTransport] = []
+        self._first: dict[int, asyncio.DatagramTransport] = {}  # by length of addresses
+        self._elsewhere: OrderedDict[NetworkAddress, asyncio.DatagramTransport] = OrderedDict()
 
     def add(self, transport: asyncio.DatagramTransport) -> None:
-        self._by_address_length[len(transport.get_extra_info("sockname"))] = transport
+        self._all.append(transport)
+        self._first.setdefault(len(transport.get_extra_info("sockname")), transport)
+
+    def heard(self, addr: NetworkAddress, transport: asyncio.DatagramTransport) -> None:
+        """Remember which socket is the one for an address; for most it is the first."""
+        if transport is self._first[len(addr)]:
+            self._elsewhere.pop(addr, None)
+            return
+        self._elsewhere[addr] = transport
+        self._elsewhere.move_to_end(addr)
+        if len(self._elsewhere) > MAX_ELSEWHERE:
+            self._elsewhere.popitem(last=False)
 
     def sendto(self, data: bytes | bytearray | memoryview, addr: NetworkAddress = None) -> None:
-        transport = self._by_address_length[len(addr)]
+        transport = self._elsewhere.get(addr) or self._first[len(addr)]
         if not transport.is_closing():
             transport.sendto(data, addr)
 
     def close(self) -> None:
-        for transport in self._by_address_length.values():
+        for transport in self._all:
             transport.close()
 
 
-class Server(asyncio.DatagramProtocol):
+class _Ear(asyncio.DatagramProtocol):
+    """Tells a server what one of its sockets hears."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.DatagramTransport, transport)
+        self._server.opened(self._transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.lost()
+
+    def datagram_received(self, data: bytes, addr: NetworkAddress) -> None:
+        self._server.received(data, addr, self._transport)
+
+
+class Server:
     """Demultiplexes datagrams to connections by DCID; accepts, retries and resets.
 
     `configuration` must have the identity's connection ID length. With `retry`, clients prove their address first.
@@ -146,15 +177,12 @@ class Server(asyncio.DatagramProtocol):
         self._closed = asyncio.Event()
 
     async def listen(self, addresses: Iterable[Address]) -> list[Address]:
-        """Bind one socket to each address, of different families; returns them with the ports that were bound.
-
-        Raises OSError.
-        """
+        """Bind one socket to each address; returns them with the ports that were bound. Raises OSError."""
         bound = []
         for address in addresses:
             sock = _bind(address)
             bound.append(Address(*sock.getsockname()[:2]))
-            await self._loop.create_datagram_endpoint(lambda: self, sock=sock)
+            await self._loop.create_datagram_endpoint(lambda: _Ear(self), sock=sock)
         return bound
 
     async def stop(self) -> None:
@@ -168,18 +196,18 @@ class Server(asyncio.DatagramProtocol):
         if self._open_sockets:
             await self._closed.wait()
 
-    # asyncio.DatagramProtocol
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._sockets.add(cast(asyncio.DatagramTransport, transport))
+    def opened(self, transport: asyncio.DatagramTransport) -> None:
+        self._sockets.add(transport)
         self._open_sockets += 1
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def lost(self) -> None:
         self._open_sockets -= 1
         if not self._open_sockets:
             self._closed.set()
 
-    def datagram_received(self, data: bytes, addr: NetworkAddress) -> None:
+    def received(self, data: bytes, addr: NetworkAddress, transport: asyncio.DatagramTransport) -> None:
+        """Deliver or answer a datagram that came by one of the sockets."""
+        self._sockets.heard(addr, transport)
         is_short = data and not data[0] & LONG_HEADER
         if is_short:
             cid = data[1 : self._cid_end]

@@ -55,4 +55,10 @@ def packed(host: str) -> bytes:
     return ipaddress.IPv6Address(host.partition("%")[0]).packed
 
 
+def unpacked(octets: bytes) -> str:
+    """The host whose 16 octets these are."""
+    ip = ipaddress.IPv6Address(octets)
+    return str(ip.ipv4_mapped or ip)
+
+
 _IPV4_MAPPED = bytes(10) + b"\xff\xff"

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from lb.address import Address
 from lb.cid import KEY_LENGTH, CidConfig, ConfigId, ServerId
-from lb.keys import Limits, Probe, ServiceConfig, ServiceKeys, read_key_file
+from lb.document import Node
+from lb.forward import Forward
+from lb.keys import LbConfig, Limits, Probe, ServiceConfig, ServiceKeys, XdpConfig, read_key_file
 from lb.kinds import Duration
 from lb.reset import RESET_KEY_LENGTH
 from lb.routing import Backend, CidSlot, Service
-from lb.schema import INVALID, Reading
+from lb.schema import INVALID, Reading, noun
+
+# Ours.
+XDP_ONLY = ("interface", "forward", "xdp")
+MAX_XDP_BACKENDS = 0xFFFF  # in all: rings name them in 16 bits, and one number is nobody's
 
 H = TypeVar("H")
 
@@ -67,7 +73,7 @@ class Section:
         _unique(((f"{path}[{i}].name", backend.name) for i, backend in backends), reading)
         _unique(((f"{path}[{i}].address", backend.address) for i, backend in backends), reading)
         for i, backend in backends:
-            if backend.address is not INVALID and _is_nobodys(backend.address):
+            if backend.address is not INVALID and _is_nobodys(backend.address.host):
                 reading.mistake(f"{path}[{i}].address", f"{backend.address}: expected the address of one machine")
         if backends and all(backend.weight == 0 for _, backend in backends):
             reading.mistake(path, "every weight is 0: expected somebody to take new connections")
@@ -126,6 +132,71 @@ def check_limits(limits: Limits, reading: Reading) -> None:
             f"{times.to_json(limits.new_flow_timeout)}: expected at most limits.idle-timeout, "
             f"which is {times.to_json(limits.idle_timeout)}",
         )
+
+
+def check_engine(config: LbConfig, given: Mapping[str, Node], sections: list[Section], reading: Reading) -> None:
+    """What fits one engine and not the other. `given` is the file's top level."""
+    if config.engine == "udp":
+        for name in XDP_ONLY:
+            if name in given:
+                reading.mistake(name, f"{noun(given[name])}: expected no such key, or engine: xdp")
+    elif config.engine == "xdp":
+        if "interface" not in given:
+            reading.mistake("interface", "missing: expected the name of a network interface, or engine: udp")
+        if config.workers not in (1, INVALID):
+            reading.mistake(
+                "workers", f"{config.workers}: expected 1 with engine: xdp, which is on every CPU by itself"
+            )
+        _check_sources(config.xdp, reading)
+        _check_reach(config.forward, sections, reading)
+
+
+def _check_sources(xdp: XdpConfig, reading: Reading) -> None:
+    if xdp is INVALID:
+        return
+    families: dict[bool, str] = {}
+    for i, host in valid(xdp.source):
+        path = f"xdp.source[{i}]"
+        first = families.setdefault(":" in host, path)
+        if first != path:
+            reading.mistake(path, f"{host}: of the same family as {first}: expected one address per family")
+        if _is_nobodys(host):
+            reading.mistake(path, f"{host}: expected the address of one machine")
+
+
+def _check_reach(forward: Forward, sections: list[Section], reading: Reading) -> None:
+    """What must hold for packets to be understood at the other end. INVALID is no forward mode at all."""
+    backends = 0
+    known_by: dict[Address, str] = {}
+    for section in sections:
+        listen = list(valid(section.keys.listen))
+        for i, address in listen:
+            path = f"{section.path}.listen[{i}]"
+            # A backend's answer says where it comes from, and not which of our addresses its client knows.
+            if forward is Forward.DNAT and (address.is_wildcard or address != listen[0][1]):
+                reading.mistake(path, f"{address}: expected one listening address per service with forward: dnat")
+        for i, backend in valid(section.keys.backends):
+            backends += 1
+            path, address = f"{section.path}.backends[{i}].address", backend.address
+            if address is INVALID:
+                continue
+            if forward is Forward.DNAT:
+                first = known_by.setdefault(address, path)
+                if first != path:
+                    reading.mistake(path, f"{address}: {first} has it already: expected another with forward: dnat")
+                if listen and listen[0][1].is_ipv6 != address.is_ipv6:
+                    where = f"{section.path}.listen[{listen[0][0]}]"
+                    reading.mistake(path, f"{address}: expected an address of the family of {where}, as dnat keeps it")
+            elif forward is not INVALID and forward.returns_directly:
+                others = [j for j, listener in listen if listener.port != address.port]
+                if others:
+                    where = f"{section.path}.listen[{others[0]}]"
+                    reading.mistake(
+                        path,
+                        f"{address}: expected the port of {where}, as forward: {forward.name.lower()} changes none",
+                    )
+    if backends > MAX_XDP_BACKENDS:
+        reading.mistake("services", f"{backends} backends: expected at most {MAX_XDP_BACKENDS} with engine: xdp")
 
 
 def check_fleet(sections: list[Section], reading: Reading) -> None:
@@ -233,6 +304,6 @@ def valid(items: Iterable[H]) -> Iterable[tuple[int, H]]:
     return ((i, item) for i, item in enumerate(items) if item is not INVALID)
 
 
-def _is_nobodys(address: Address) -> bool:
-    ip = ipaddress.ip_address(address.host)
+def _is_nobodys(host: str) -> bool:
+    ip = ipaddress.ip_address(host)
     return ip.is_unspecified or ip.is_multicast

@@ -1,14 +1,21 @@
-"""The command line: `quiclb run | check | keygen | cid | schema`. It parses, calls and prints; it knows nothing."""
+"""The command line: `quiclb run | check | keygen | cid | schema | xdp | decap`. It parses, calls and prints."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import importlib.metadata
+import ipaddress
+import itertools
 import json
 import os
+import signal
+import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +23,15 @@ from lb import cid_tool, config, describe, keygen, server_config
 from lb.cid import ConfigId, ServerId
 from lb.errors import ConfigErrors
 from lb.keyfile import read_key
+from lb.keys import XdpConfig
 from lb.reset import RESET_KEY_LENGTH, server_reset_key
+from lb.router import Verdict
 from lb.routing import RoutingTable
 
 OK, FAILED, MISTAKEN = 0, 1, 2
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
+
+VERIFIER_LINES = 10  # of the kernel's verifier's last words
 
 STATUSES = "Exit status: 0 done, 1 failed, 2 mistakes in the configuration or the arguments."
 
@@ -65,11 +76,90 @@ def _check(args: argparse.Namespace) -> int:
     path = args.config or args.file
     if path is None or (args.config and args.file):
         raise _ArgumentError("check: expected one configuration file")
-    described = describe.describe(config.load_config(path))
+    loaded = config.load_config(path)
+    described = describe.describe(loaded)
+    if args.engine:
+        described["machine"] = _machine(loaded)
     if args.json:
         print(json.dumps(described, indent=2))
     else:
         sys.stdout.write(describe.render(str(path), described))
+    lacks: list[str] = described.get("machine", {}).get("lacks", [])
+    for reason in lacks:
+        print(f"this machine: {reason}", file=sys.stderr)
+    return FAILED if lacks else OK
+
+
+def _machine(loaded: config.LbConfig) -> dict[str, Any]:
+    """What the machine that we are on makes of a configuration."""
+    from lb.control import missing, xdp_settings  # noqa: PLC0415 - the other commands need no event loop
+
+    lacks = missing(loaded)
+    found: dict[str, Any] = {"lacks": lacks, "verified-instructions": None}
+    if loaded.engine == "xdp" and not lacks:
+        from lb.xdp import requirements  # noqa: PLC0415 - the other commands need no libbpf
+
+        try:
+            found["verified-instructions"] = requirements.load(xdp_settings(loaded)).verified_insns
+        except OSError as error:
+            lacks.append(error.strerror or str(error))
+            lacks += getattr(error, "log", "").splitlines()[-VERIFIER_LINES:]
+    return found
+
+
+def _xdp_status(args: argparse.Namespace) -> int:
+    from lb.xdp import status  # noqa: PLC0415 - the other commands need no libbpf
+
+    interfaces = [_interface(args.interface)] if args.interface else [name for _, name in socket.if_nameindex()]
+    found = status.loaded(interfaces, args.pin_directory)
+    if args.json:
+        print(status.as_json(found))
+    elif found:
+        print(status.as_text(found, time.time()))
+    if found:
+        return OK
+    where = args.interface or "any interface"
+    print(f"quiclb: nothing of quiclb's is on {where}", file=sys.stderr)
+    return FAILED
+
+
+def _xdp_sample(args: argparse.Namespace) -> int:
+    from lb.xdp import sample, status  # noqa: PLC0415 - the other commands need no libbpf
+
+    verdicts = [Verdict[name.upper()] for name in args.verdict]
+    # Whoever ends us by SIGTERM, timeout(1) say, wants no sampling to be left behind either.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with (
+        status.balancer(_interface(args.interface)) as program,
+        closing(sample.samples(program, args.every, verdicts)) as taken,
+    ):
+        for service, one in itertools.islice(taken, args.count):
+            print(sample.as_text(service, one, time.time()), flush=True)
+    return OK
+
+
+def _xdp_detach(args: argparse.Namespace) -> int:
+    from lb.xdp import attachment  # noqa: PLC0415 - the other commands need no libbpf
+
+    mode = attachment.detach(_interface(args.interface), args.pin_directory)
+    print(f"{args.interface}: the balancer's program ({mode}) is off; what it knew is forgotten")
+    return OK
+
+
+def _decap(args: argparse.Namespace) -> int:
+    from lb.xdp import decap  # noqa: PLC0415 - the other commands need no libbpf
+
+    if args.detach:
+        if args.address:
+            raise _ArgumentError("decap: --detach takes no --address")
+        decap.detach(_interface(args.interface), args.pin_directory)
+        print(f"{args.interface}: what tunnels bring is not unpacked any more")
+        return OK
+    done = decap.attach(_interface(args.interface), args.address, args.pin_directory)
+    print(
+        f"{args.interface}: unpacks what tunnels bring to {', '.join(done.addresses)} "
+        f"({done.mode}, {'replaced' if done.has_replaced else 'new'}, pinned at {done.pin})"
+    )
     return OK
 
 
@@ -175,6 +265,28 @@ def _key_from(path: Path, length: int) -> bytes:
         raise _ArgumentError(str(error)) from None
 
 
+def _interface(name: str) -> str:
+    """A name that there is. Raises OSError, naming it, for any other."""
+    try:
+        socket.if_nametoindex(name)
+    except OSError:
+        raise OSError(errno.ENODEV, "no such network interface", name) from None
+    return name
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text[:12]) < 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer, 1 to {(1 << 32) - 1}")
+    return int(text)
+
+
+def _ip_address(text: str) -> str:
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an IP address") from None
+
+
 def _octets(text: str) -> bytes:
     try:
         return bytes.fromhex(text)
@@ -203,6 +315,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_keygen(commands)
     _add_cid(commands)
     _add_schema(commands)
+    _add_xdp(commands)
+    _add_decap(commands)
     return parser
 
 
@@ -226,7 +340,10 @@ def _add_run(commands: Any) -> None:
         """Balance as a configuration file says, until SIGTERM or SIGINT.
 
 SIGHUP reads the file again. With any mistake in it, or with a change that a
-running process cannot make, the old configuration stays and the log says why.""",
+running process cannot make, the old configuration stays and the log says why.
+
+With `engine: xdp` packets keep flowing when the process ends, by the tables that
+it had last; `quiclb xdp detach` ends that.""",
         """examples:
   quiclb check /etc/quiclb/quiclb.yaml && quiclb run -c /etc/quiclb/quiclb.yaml
 
@@ -244,15 +361,22 @@ def _add_check(commands: Any) -> None:
         """Read a configuration and the key files it names, and say what was understood:
 services, CID configurations and what a packet of each costs, server IDs, shares
 of new connections. Keys are shown as fingerprints of 32 bits, for comparing.
-If there are mistakes, say all of them, one per line, on standard error.""",
+If there are mistakes, say all of them, one per line, on standard error.
+
+With --engine and `engine: xdp` the machine is asked too: for privileges, libraries,
+the interface. If it has everything, the kernel's verifier looks at the program.
+Nothing is attached.""",
         """examples:
   quiclb check quiclb.yaml
+  quiclb check --engine quiclb.yaml
   quiclb check --json quiclb.yaml | jq '.services[].backends'
 
-Exit status: 0 no mistakes, 2 mistakes. Advice (`note:` lines) changes nothing.""",
+Exit status: 0 no mistakes, 1 the machine lacks something (--engine), 2 mistakes.
+Advice (`note:` lines) changes nothing.""",
     )
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="the configuration")
     parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="the same")
+    parser.add_argument("--engine", action="store_true", help="ask this machine as well whether it can run the engine")
     parser.add_argument("--json", action="store_true", help="print what was understood as JSON")
     parser.set_defaults(command=_check)
 
@@ -390,3 +514,109 @@ Exit status: 0 done, 1 something could not be answered, 2 wrong arguments.""",
     explain.add_argument("--service", metavar="NAME", help="this service only")
     explain.add_argument("--datagram", action="store_true", help="it is a datagram, however short")
     explain.set_defaults(command=_cid_explain)
+
+
+def _add_xdp(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "xdp",
+        "look at the xdp engine's program, sample packets, take it off",
+        """What `quiclb run` with `engine: xdp` has put on an interface stays there when the
+process ends, and packets keep flowing. These commands show it, look at packets
+that go through it, and end it. They need root.""",
+        """examples:
+  quiclb xdp status
+  quiclb xdp sample --interface eth0 --every 1000
+  quiclb xdp sample --interface eth0 --every 1 --verdict reset_limited --count 10
+  quiclb xdp detach --interface eth0
+
+Exit status: 0 done, 1 failed (nothing of quiclb's is there, say), 2 wrong arguments.""",
+    )
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    pins = argparse.ArgumentParser(add_help=False)
+    pins.add_argument(
+        "--pin-directory",
+        type=Path,
+        default=XdpConfig().pin_directory,
+        metavar="DIRECTORY",
+        help="the configuration's xdp.pin-directory (%(default)s)",
+    )
+    interface = argparse.ArgumentParser(add_help=False)
+    interface.add_argument("--interface", required=True, metavar="NAME", help="the configuration's interface")
+
+    status = actions.add_parser(
+        "status",
+        parents=[pins],
+        help="what is loaded, and how full its maps are",
+        description="Say which programs of quiclb's are on which interfaces, native or generic, since when, what they "
+        "took the verifier, and how full their maps are. Without --interface, of all interfaces.",
+    )
+    status.add_argument("--interface", metavar="NAME", help="this interface only")
+    status.add_argument("--json", action="store_true", help="the same as JSON")
+    status.set_defaults(command=_xdp_status)
+
+    sample = actions.add_parser(
+        "sample",
+        parents=[interface],
+        help="the first octets of some packets",
+        description="Print the first octets of one packet in N that came for a service, with what became of it, until "
+        "SIGINT. What others see of an interface (tcpdump, say) has not got these packets.",
+    )
+    sample.add_argument("--every", type=_positive, required=True, metavar="N", help="one packet in N")
+    sample.add_argument(
+        "--verdict",
+        action="append",
+        default=[],
+        choices=[verdict.name.lower() for verdict in Verdict],
+        metavar="VERDICT",
+        help="of those with this verdict only (docs/metrics.md lists them); more than once: with any of these",
+    )
+    sample.add_argument("--count", type=_positive, metavar="K", help="stop after K samples")
+    sample.set_defaults(command=_xdp_sample)
+
+    detach = actions.add_parser(
+        "detach",
+        parents=[interface, pins],
+        help="take the program off an interface",
+        description="Take the program off an interface, and forget what is pinned. From then on nobody forwards. A "
+        "`quiclb run` that is still there has to be started again.",
+    )
+    detach.set_defaults(command=_xdp_detach)
+
+
+def _add_decap(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "decap",
+        "on a backend: unpack what an xdp balancer has packed",
+        """For backends behind `forward: ipip` or `forward: gue` that have no tunnel devices.
+It puts a small program on an interface that takes the outer header off packets
+that are addressed to this machine; everything else passes as it is. It stays
+when the command ends. Run again, it replaces itself. `quiclb xdp status` shows it.
+It needs root, and services' addresses on lo.""",
+        """examples:
+  ip address add 192.0.2.1/32 dev lo
+  quiclb decap --interface eth0
+  quiclb decap --interface eth0 --address 10.0.0.11 --address fd00::11
+  quiclb decap --interface eth0 --detach
+
+Exit status: 0 done, 1 failed, 2 wrong arguments.""",
+    )
+    parser.add_argument("--interface", required=True, metavar="NAME", help="where packed packets come in")
+    parser.add_argument(
+        "--address",
+        action="append",
+        default=[],
+        type=_ip_address,
+        metavar="ADDRESS",
+        help="where tunnels end; more than once: at any of these (every address of the interface)",
+    )
+    parser.add_argument(
+        "--pin-directory",
+        type=Path,
+        default=XdpConfig().pin_directory,
+        metavar="DIRECTORY",
+        help="a directory of a BPF file system, to outlive the command in (%(default)s)",
+    )
+    parser.add_argument("--detach", action="store_true", help="take it off again")
+    parser.set_defaults(command=_decap)

@@ -7,15 +7,28 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from lb.checks import Section, check_fleet, check_limits, valid
+from lb.checks import Section, check_engine, check_fleet, check_limits, valid
 from lb.cid import CidConfig
 from lb.document import Document
 from lb.errors import ConfigError
-from lb.keys import HealthConfig, LbConfig, Limits, LogConfig, Probe, ResetConfig, ServiceConfig, ServiceKeys
+from lb.forward import Attach, Forward
+from lb.keys import (
+    HealthConfig,
+    LbConfig,
+    Limits,
+    LogConfig,
+    Probe,
+    ResetConfig,
+    ServiceConfig,
+    ServiceKeys,
+    XdpConfig,
+)
 from lb.routing import CidSlot
 from lb.schema import INVALID, Reading, Record, json_schema, keys_of
 
 __all__ = [
+    "Attach",
+    "Forward",
     "HealthConfig",
     "LbConfig",
     "Limits",
@@ -23,6 +36,7 @@ __all__ = [
     "Probe",
     "ResetConfig",
     "ServiceConfig",
+    "XdpConfig",
     "load_config",
     "refuse_reload",
     "schema",
@@ -39,6 +53,7 @@ def load_config(path: Path) -> LbConfig:
     # As read, `services` are still the keys of the file.
     services: Iterable[ServiceKeys] = config.services  # type: ignore[assignment]
     sections = [Section(keys, f"services[{i}]", reading) for i, keys in valid(services)]
+    check_engine(config, document.root if isinstance(document.root, dict) else {}, sections, reading)
     check_limits(config.limits, reading)
     check_fleet(sections, reading)
     document.raise_mistakes()

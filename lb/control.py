@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import uvloop
 
@@ -23,14 +24,18 @@ from lb.engine import Counters
 from lb.errors import ConfigErrors, QuicLbError
 from lb.health import HealthMonitor
 from lb.log import event
-from lb.metrics import MetricsServer, Snapshot
+from lb.metrics import MetricsServer, Snapshot, XdpInfo
 from lb.nat import UdpLimits
 from lb.returnpath import ReturnPaths
 from lb.router import RouterLimits
-from lb.routing import BackendState, RoutingTable
+from lb.routing import BackendState, RoutingTable, Service
 from lb.udp import UdpEngine
 from lb.upstream import ServicePolicy
 from lb.workers import WorkerPool, WorkerSettings
+
+if TYPE_CHECKING:
+    from lb.xdp.engine import XdpEngine
+    from lb.xdp.plane import XdpSettings
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 
@@ -52,6 +57,11 @@ def run(path: Path) -> int:
             print(error, file=sys.stderr)
         return EXIT_CONFIG
     log.configure(config.log.format, config.log.level)
+    lacks = missing(config)
+    for reason in lacks:
+        event(logger, logging.ERROR, "unavailable", engine=config.engine, reason=reason)
+    if lacks:
+        return EXIT_FAILED
     # Whoever asks for a reload before there is anything to reload is to wait, and not to end us.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
@@ -61,6 +71,37 @@ def run(path: Path) -> int:
         event(logger, logging.ERROR, "failed", reason=_reason(error))
         return EXIT_FAILED
     return EXIT_OK
+
+
+def missing(config: LbConfig) -> list[str]:
+    """What this machine lacks for the engine that is configured; empty if it has everything."""
+    if config.engine != "xdp":
+        return []
+    from lb.xdp import requirements  # noqa: PLC0415 - the udp engine needs no libbpf
+
+    hosts = {backend.address.host for section in config.services for backend in section.service.backends}
+    return requirements.missing(xdp_settings(config), hosts)
+
+
+def xdp_settings(config: LbConfig) -> XdpSettings:
+    """What the xdp engine is told once."""
+    from lb.xdp.plane import XdpSettings  # noqa: PLC0415 - the udp engine needs no libbpf
+
+    assert config.interface is not None  # noqa: S101 - lb.checks sees to it
+    xdp, limits = config.xdp, config.limits
+    return XdpSettings(
+        interface=config.interface,
+        forward=config.forward,
+        attach=xdp.attach,
+        pin_directory=xdp.pin_directory,
+        source=xdp.source,
+        nat_ports=xdp.nat_ports,
+        constant_time=xdp.constant_time,
+        flows=limits.flows,
+        table_entries=limits.table_entries,
+        idle_timeout=limits.idle_timeout,
+        new_flow_timeout=limits.new_flow_timeout,
+    )
 
 
 class Balancer:
@@ -76,6 +117,7 @@ class Balancer:
         self._stale = asyncio.Event()
         self._changing = asyncio.Lock()
         self._tables: dict[str, RoutingTable] = {}
+        self._unreachable: set[tuple[str, str]] = set()  # service and backend
         self._health = HealthMonitor(config.services, self._on_health)
         self._engine = self._make_engine()
 
@@ -102,7 +144,7 @@ class Balancer:
                 "started",
                 config=self._path,
                 engine=self._config.engine,
-                workers=self._config.workers,
+                **self._where(),
                 listen=",".join(str(a) for s in self._config.services for a in s.service.listen),
             )
             await self._stop.wait()
@@ -114,7 +156,7 @@ class Balancer:
             if metrics is not None:
                 metrics.stop()
             await self._engine.stop()
-        event(logger, logging.INFO, "stopped")
+        event(logger, logging.INFO, "stopped", **self._what_stays())
 
     async def reload(self) -> bool:
         """Read the configuration again. Any mistake, and the one in force stays. Returns whether it was taken."""
@@ -135,13 +177,24 @@ class Balancer:
                 return False
             self._config = config
             self._health.update(config.services)
+            # Whoever has left may come back another one; the engine would not say that it can be reached.
+            self._unreachable &= {(s.service.name, b.name) for s in config.services for b in s.service.backends}
             self._reloads["ok"] += 1
             self._reloaded_at = time.time()
             event(logger, logging.INFO, "reloaded", config=self._path)
         self._stale.set()
         return True
 
-    def _make_engine(self) -> UdpEngine | WorkerPool:
+    def _make_engine(self) -> UdpEngine | WorkerPool | XdpEngine:
+        if self._config.engine == "xdp":
+            from lb.xdp.engine import XdpEngine  # noqa: PLC0415 - the udp engine needs no libbpf
+
+            return XdpEngine(
+                xdp_settings(self._config),
+                _policies(self._config),
+                suspect=self._health.suspect,
+                on_reachable=self._on_reachable,
+            )
         limits = self._config.limits
         udp_limits = UdpLimits(
             flows=limits.flows,
@@ -178,7 +231,7 @@ class Balancer:
         tables = {}
         for config in services:
             service = config.service
-            states, before = self._health.states(service.name), self._tables.get(service.name)
+            states, before = self._states(service), self._tables.get(service.name)
             if before is not None and before.fail_open and BackendState.ACTIVE in states.values():
                 # One backend is back, the others will be asked in a moment. Nobody is dead until they have been.
                 self._health.doubt(service.name)
@@ -187,6 +240,22 @@ class Balancer:
                 None, RoutingTable.build, service, _with_drains(config, states), dead
             )
         return tables
+
+    def _states(self, service: Service) -> dict[str, BackendState]:
+        """What is known of backends: those that no packet can be sent to are DOWN, whatever they answer to probes."""
+        out_of_reach = (name for known, name in self._unreachable if known == service.name)
+        return self._health.states(service.name) | dict.fromkeys(out_of_reach, BackendState.DOWN)
+
+    def _on_reachable(self, service: str, backend: str, is_reachable: bool) -> None:
+        who = {"service": service, "backend": backend}
+        if is_reachable:
+            self._unreachable.discard((service, backend))
+            event(logger, logging.INFO, "backend-reachable", **who)
+        else:
+            self._unreachable.add((service, backend))
+            reason = cast("XdpEngine", self._engine).why_unreachable(service, backend)
+            event(logger, logging.WARNING, "backend-unreachable", **who, reason=reason)
+        self._stale.set()
 
     def _on_health(self, _service: str) -> None:
         self._stale.set()
@@ -220,10 +289,29 @@ class Balancer:
             tables=dict(self._tables),
             engine=self._config.engine,
             workers=self._config.workers,
+            xdp=self._xdp_info(),
             started_at=self._started_at,
             reloads=dict(self._reloads),
             reloaded_at=self._reloaded_at,
         )
+
+    def _xdp_info(self) -> XdpInfo | None:
+        config = self._config
+        if config.interface is None:
+            return None
+        return XdpInfo(config.interface, cast("XdpEngine", self._engine).attach_mode, config.forward.name.lower())
+
+    def _where(self) -> dict[str, object]:
+        """What the log says about the engine that was started."""
+        info = self._xdp_info()
+        return {"workers": self._config.workers} if info is None else info._asdict()
+
+    def _what_stays(self) -> dict[str, object]:
+        """What the log says about an engine that was stopped."""
+        if self._config.engine != "xdp":
+            return {}
+        command = f"quiclb xdp detach --interface {self._config.interface}"
+        return {"meaning": f"packets keep flowing, by the last tables; {command} ends that"}
 
 
 def _say_if_failing_open(name: str, before: RoutingTable | None, table: RoutingTable) -> None:

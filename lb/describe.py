@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lb.cid import CidConfig
-from lb.config import HealthConfig, LbConfig, Limits, LogConfig, ResetConfig, ServiceConfig
+from lb.config import Forward, HealthConfig, LbConfig, Limits, LogConfig, ResetConfig, ServiceConfig, XdpConfig
 from lb.routing import RING_SLOTS, BackendState, CidSlot, RoutingTable, UnknownServer
 from lb.schema import Record
 
 FEW = 8  # server IDs of one backend that are printed
+KERNELS_FIRST_PORT = 32_768  # of net.ipv4.ip_local_port_range, unless somebody changed it
 MIN_GOOD_SERVER_ID = 2  # octets; with one, chance alone makes up to every CID somebody's
 
 
@@ -21,6 +22,9 @@ def describe(config: LbConfig) -> dict[str, Any]:
     return {
         "engine": config.engine,
         "workers": config.workers,
+        "interface": config.interface,
+        "forward": config.forward.name.lower() if config.engine == "xdp" else None,
+        "xdp": Record(XdpConfig).to_json(config.xdp) if config.engine == "xdp" else None,
         "runtime-directory": None if config.runtime_directory is None else str(config.runtime_directory),
         "admin": None if config.admin is None else str(config.admin),
         "log": Record(LogConfig).to_json(config.log),
@@ -32,6 +36,8 @@ def describe(config: LbConfig) -> dict[str, Any]:
 
 def advice(config: LbConfig) -> Iterator[tuple[str, str]]:
     """What is allowed and may be meant, but may be regretted: path and message."""
+    if config.engine == "xdp":
+        yield from _xdp_advice(config)
     for i, section in enumerate(config.services):
         service = section.service
         if not service.cid_slots:
@@ -48,15 +54,34 @@ def advice(config: LbConfig) -> Iterator[tuple[str, str]]:
                 yield path, "no reset-key-file: clients of a dead server wait out their idle timeout"
 
 
+def _xdp_advice(config: LbConfig) -> Iterator[tuple[str, str]]:
+    mode = config.forward.name.lower()
+    if config.forward is Forward.NAT and config.xdp.nat_ports[-1] >= KERNELS_FIRST_PORT:
+        yield (
+            "xdp.nat-ports",
+            f"Linux gives its own sockets ports from {KERNELS_FIRST_PORT} (net.ipv4.ip_local_port_range): "
+            "answers to those among these ports may go to clients",
+        )
+    if config.xdp.source and config.forward in (Forward.DNAT, Forward.L2):
+        yield "xdp.source", f"forward: {mode} has no use for it: packets keep their sender's address"
+    for name, value in (
+        ("runtime-directory", config.runtime_directory),
+        ("limits.sockets", config.limits.sockets),
+    ):
+        if value is not None:
+            yield name, "engine: xdp has no use for it"
+
+
 def render(name: str, described: Mapping[str, Any]) -> str:
     """A description as text, for the file `name`."""
-    lines = [
-        f"{name}: ok",
-        f"engine {described['engine']}, workers {described['workers']}, "
-        f"runtime directory {described['runtime-directory'] or 'by default'}, "
-        f"metrics {'at ' + described['admin'] if described['admin'] else 'not served'}",
-    ]
-    lines += [f"{section}: {_pairs(described[section])}" for section in ("log", "limits")]
+    metrics = f"metrics {'at ' + described['admin'] if described['admin'] else 'not served'}"
+    if described["xdp"] is None:
+        directory = described["runtime-directory"] or "by default"
+        engine = f"engine udp, workers {described['workers']}, runtime directory {directory}"
+    else:
+        engine = f"engine xdp on {described['interface']}, forward {described['forward']}"
+    lines = [f"{name}: ok", f"{engine}, {metrics}"]
+    lines += [f"{section}: {_pairs(described[section])}" for section in ("xdp", "log", "limits") if described[section]]
     for service in described["services"]:
         lines.append(f"service {service['name']}")
         lines.append(f"  listen {', '.join(service['listen'])}")
@@ -64,6 +89,11 @@ def render(name: str, described: Mapping[str, Any]) -> str:
         lines += [f"  {_cid_config_line(cid_config)}" for cid_config in service["cid-configs"]]
         lines += [f"  {_backend_line(backend)}" for backend in service["backends"]]
         lines += [f"  {section}: {_pairs(service[section])}" for section in ("health", "resets")]
+    machine = described.get("machine")
+    if machine is not None and not machine["lacks"]:
+        verified = machine["verified-instructions"]
+        program = "" if verified is None else f"; the kernel's verifier took the program, after {verified} instructions"
+        lines.append(f"this machine: ok{program}")
     lines += [f"note: {note['path']}: {note['message']}" for note in described["advice"]]
     return "\n".join(lines) + "\n"
 
@@ -159,4 +189,6 @@ def _pairs(values: Mapping[str, Any]) -> str:
 def _word(value: object) -> str:
     if value is None:
         return "by default"
+    if isinstance(value, list):
+        return " and ".join(value) or "by default"
     return str(value).lower() if isinstance(value, bool) else str(value)

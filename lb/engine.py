@@ -41,14 +41,21 @@ class ServiceCounters:
 
 
 class Drop:
-    """Why an engine could not send what the router had decided (labels of `quiclb_send_failures_total`)."""
+    """Why an engine could not send what the router had decided (labels of `quiclb_send_failures_total`).
+
+    The same list, in the same order, as `enum failure` in shared.h.
+    """
 
     BUFFER_FULL = "buffer-full"  # EAGAIN, ENOBUFS: the network is slower than the clients
     TOO_LARGE = "too-large"  # EMSGSIZE: longer than the path allows, and DF is set
     UNREACHABLE = "unreachable"  # no route, or a firewall of our own says no
     NO_SOCKET = "no-socket"  # out of descriptors or ports, and no flow could be given up
     NO_FLOW = "no-flow"  # a backend's reply to a client that has no flow any more
-    ALL = (BUFFER_FULL, TOO_LARGE, UNREACHABLE, NO_SOCKET, NO_FLOW)
+    # The xdp engine only.
+    HOP_LIMIT = "hop-limit"  # TTL or hop limit used up
+    NO_CHECKSUM = "no-checksum"  # UDP without checksum cannot become IPv6
+    MAP_FULL = "map-full"  # the 4-tuple table took no entry: routed without memory
+    ALL = (BUFFER_FULL, TOO_LARGE, UNREACHABLE, NO_SOCKET, NO_FLOW, HOP_LIMIT, NO_CHECKSUM, MAP_FULL)
 
 
 @dataclass(slots=True)
@@ -64,6 +71,11 @@ class Counters:
     flows_restored: int = 0  # carried over from a process that died
     sockets: int = 0
     socket_limit: int = 0
+    # The xdp engine only: a socket's kernel does all this by itself.
+    icmp_forwarded: int = 0  # ICMP errors from clients' networks that reached a backend
+    too_big_sent: int = 0  # ICMP "fragmentation needed", ICMPv6 "packet too big", to clients
+    too_big_limited: int = 0  # those that the limit kept back
+    samples_lost: int = 0  # of packets, for debugging: the ring buffer was full
 
 
 class Engine(Protocol):

@@ -14,8 +14,24 @@ from typing import Any
 
 from lb.address import Address
 from lb.cid import KEY_LENGTH, CidConfig, ConfigId, ServerId
+from lb.forward import Attach, Forward
 from lb.keyfile import read_key
-from lb.kinds import Choice, Duration, FileName, Flag, Fraction, Hex, Integer, Name, Secret, Size, UdpAddress
+from lb.kinds import (
+    Choice,
+    Duration,
+    FileName,
+    Flag,
+    Fraction,
+    Hex,
+    Integer,
+    InterfaceName,
+    IpAddress,
+    Name,
+    PortRange,
+    Secret,
+    Size,
+    UdpAddress,
+)
 from lb.routing import Service, UnknownServer
 from lb.schema import INVALID, ListOf, MappingOf, Reading, Record, key
 
@@ -110,6 +126,37 @@ class LogConfig:
         "The least important level that is logged.",
         "info",
         restart=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class XdpConfig:
+    """How the xdp engine takes hold of its interface, and what it uses there. `source` has one address per family."""
+
+    attach: Attach = key(
+        Choice({str(a): a for a in Attach}),
+        "In the interface's driver, or behind it, or where it can be: `native` if the driver allows it.",
+        Attach.AUTO,
+        restart=True,
+    )
+    pin_directory: Path = key(
+        FileName(),
+        "A directory of a BPF file system. What is pinned there outlives the process, and packets keep flowing.",
+        Path("/sys/fs/bpf/quiclb"),
+        restart=True,
+    )
+    source: tuple[str, ...] = key(
+        ListOf(IpAddress(), 0, 2),
+        "What backends see as sender: of datagrams with `nat`, of tunnels with `ipip` and `gue`. One per family; "
+        "by default addresses of the interface.",
+        (),
+        restart=True,
+    )
+    nat_ports: range = key(
+        PortRange(), "Ports of these addresses that `nat` uses towards backends.", range(1024, 32768), restart=True
+    )
+    constant_time: bool = key(
+        Flag(), "Whether AES does without tables, whose use of the cache tells about keys; slower.", False, restart=True
     )
 
 
@@ -211,12 +258,24 @@ class LbConfig:
     """Everything a balancer is told. None for `runtime_directory` leaves the choice to the start."""
 
     engine: str = key(
-        Choice({"udp": "udp"}, refused={"xdp": "this version has the udp engine only"}),
-        "What moves packets: sockets.",
+        Choice({"udp": "udp", "xdp": "xdp"}),
+        "What moves packets: sockets, or a program in the kernel on the way into one interface.",
         "udp",
         restart=True,
     )
-    workers: int = key(Integer(1, 64), "Processes that share the listening addresses.", 1, restart=True)
+    workers: int = key(
+        Integer(1, 64), "Processes that share the listening addresses; `xdp` takes no more than one.", 1, restart=True
+    )
+    interface: str | None = key(
+        InterfaceName(), "With `engine: xdp`: the interface that clients and backends are behind.", None, restart=True
+    )
+    forward: Forward = key(
+        Choice({mode.name.lower(): mode for mode in Forward}),
+        "With `engine: xdp`: how packets reach backends.",
+        Forward.NAT,
+        restart=True,
+    )
+    xdp: XdpConfig = key(Record(XdpConfig), "With `engine: xdp`: how it takes hold of the interface.", XdpConfig())
     runtime_directory: Path | None = key(
         FileName(),
         "Where return paths are kept, so that a crash loses no flow. By default $RUNTIME_DIRECTORY or its like.",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lb.address import Address
+from lb.address import MAX_PORT, Address
 from lb.document import Node, Scalar, shown
 from lb.schema import INVALID, Kind, Reading, did_you_mean, noun
 
@@ -97,18 +97,16 @@ class Flag(ScalarKind):
 
 
 class Choice(ScalarKind):
-    """One of a few words. `refused` says why a word that one might expect is not among them."""
+    """One of a few words."""
 
-    def __init__(self, choices: Mapping[str, Any], refused: Mapping[str, str] | None = None) -> None:
-        self.choices, self.refused = choices, refused or {}
+    def __init__(self, choices: Mapping[str, Any]) -> None:
+        self.choices = choices
         *rest, last = choices
         self.words = f"{', '.join(rest)} or {last}" if rest else last
 
     def parse(self, scalar: Scalar, reading: Reading) -> Any:
         if scalar.text in self.choices:
             return self.choices[scalar.text]
-        if scalar.text in self.refused:
-            raise ValueError(f"{scalar.text}: {self.refused[scalar.text]}: expected {self.words}")
         raise ValueError(f"{shown(scalar.text)}: expected {self.words}{did_you_mean(scalar.text, self.choices)}")
 
     def to_json(self, value: Any) -> str:
@@ -173,6 +171,51 @@ class UdpAddress(TextKind):
 
     def json_schema(self) -> dict[str, Any]:
         return {"type": "string", "pattern": r"^(?:[0-9.]+|\[[^\]]+\]):[0-9]+$"}
+
+
+class IpAddress(TextKind):
+    """An IP address alone."""
+
+    words = "an IP address, as in 192.0.2.1 or 2001:db8::1"
+
+    def parse_text(self, text: str, reading: Reading) -> str:
+        if len(text) > 80 or not text.isprintable():
+            raise ValueError
+        try:
+            return Address.parse(f"[{text}]:1" if ":" in text else f"{text}:1").host
+        except ValueError as error:
+            # What is wrong with an address that is one: a zone, or an IPv4 address in disguise.
+            _, semicolon, expected = str(error).partition("; ")
+            raise ValueError(f"{text}: {expected}" if semicolon else "") from None
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": "string", "pattern": "^[0-9A-Fa-f.:]+$"}
+
+
+class InterfaceName(TextKind):
+    """The name of a network interface, of those that the kernel allows the printable ones."""
+
+    words = "the name of a network interface, up to 15 characters without spaces, colons and slashes"
+    pattern = r"(?!\.{1,2}$)[!-.0-9;-~]{1,15}"
+
+    def parse_text(self, text: str, reading: Reading) -> str:
+        return text
+
+
+class PortRange(TextKind):
+    """UDP ports from one to another, both included."""
+
+    words = "a range of ports, as in 1024-32767"
+    pattern = "[1-9][0-9]{0,4}-[1-9][0-9]{0,4}"
+
+    def parse_text(self, text: str, reading: Reading) -> range:
+        first, last = map(int, text.split("-"))
+        if not first <= last <= MAX_PORT:
+            raise ValueError
+        return range(first, last + 1)
+
+    def to_json(self, value: range) -> str:
+        return f"{value[0]}-{value[-1]}"
 
 
 class FileName(TextKind):

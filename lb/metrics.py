@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from logging import ERROR, getLogger
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -31,11 +32,19 @@ logger = getLogger(__name__)
 STATES = ("active", "draining", "down", "dead")
 
 
+class XdpInfo(NamedTuple):
+    """Where the xdp engine's program is, how it got there, and how it forwards."""
+
+    interface: str
+    mode: str  # native, generic
+    forward: str
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything there is to report at one moment. `tables` are those that the engine obeys, by service.
 
-    Times are seconds since 1970; `reloads` counts by result, `ok` or `refused`.
+    `xdp` is None with another engine. Times are seconds since 1970; `reloads` counts by result, `ok` or `refused`.
     """
 
     counters: Counters
@@ -46,6 +55,7 @@ class Snapshot:
     started_at: float
     reloads: Mapping[str, int]
     reloaded_at: float
+    xdp: XdpInfo | None = None
 
 
 class BalancerCollector(Collector):
@@ -61,6 +71,8 @@ class BalancerCollector(Collector):
         yield from _states(now.tables)
         yield from _probes(now.health)
         yield from _engine(now.counters)
+        if now.xdp is not None:
+            yield from _xdp(now.xdp, now.counters)
         yield from _process(now)
 
 
@@ -213,6 +225,34 @@ def _engine(counters: Counters) -> Iterator[Metric]:
     for reason, count in counters.failures.items():
         failures.add_metric([reason], count)
     yield failures
+
+
+def _xdp(xdp: XdpInfo, counters: Counters) -> Iterator[Metric]:
+    info = GaugeMetricFamily(
+        "quiclb_xdp_info",
+        "Where the xdp engine's program is attached, and how it forwards; always 1.",
+        labels=["interface", "mode", "forward"],
+    )
+    info.add_metric(list(xdp), 1)
+    yield info
+    yield CounterMetricFamily(
+        "quiclb_icmp_forwarded",
+        "ICMP errors from clients' networks that were forwarded to the backend that they were meant for.",
+        value=counters.icmp_forwarded,
+    )
+    too_big = CounterMetricFamily(
+        "quiclb_icmp_too_big",
+        "Answers to datagrams that are too long for the way to their backend, sent and held back.",
+        labels=["result"],
+    )
+    too_big.add_metric(["sent"], counters.too_big_sent)
+    too_big.add_metric(["limited"], counters.too_big_limited)
+    yield too_big
+    yield CounterMetricFamily(
+        "quiclb_samples_lost",
+        "Samples of packets that nobody took out of the ring buffer in time.",
+        value=counters.samples_lost,
+    )
 
 
 def _process(now: Snapshot) -> Iterator[Metric]:

@@ -38,6 +38,7 @@ class Verdict(IntEnum):
     NEW_FLOW_LIMIT = 11  # its source prefix begins too many flows
     RESET_TOO_SMALL = 12  # for a dead server, but too short to be answered
     RESET_LIMITED = 13  # for a dead server, but too many were answered already
+    FRAGMENT = 14  # part of a fragmented datagram; the xdp engine only: to sockets the kernel reassembles
 
 
 class Route(NamedTuple):

@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from lb.address import Address, packed
-from lb.cid import LENGTH_BITS, UNROUTABLE, CidConfig, Codec, ConfigId, ServerId
+from lb.cid import LENGTH_BITS, MAX_CID_LENGTH_V1, UNROUTABLE, CidConfig, Codec, ConfigId, ServerId
 from lb.reset import server_reset_key
 
 RING_SLOTS = 65537  # prime; imbalance stays under 1 % up to 655 backends (Maglev, NSDI 2016, section 5.3)
@@ -190,17 +190,28 @@ class RoutingTable:
     def whole_cid(self, dcid: bytes) -> bytes | None:
         """The CID that starts a short header's `dcid`, cut where its configuration says; None if not all there.
 
-        Octets appended after the routing block count: tokens are made from the whole CID.
+        Octets appended after the routing block count: tokens are made from the whole CID. A first octet that says
+        that there are more than QUIC v1 allows is not one that a server made.
         """
         decoder = self._decoders[dcid[0] >> 5] if dcid else None
         if decoder is None:
             return None
         length = max(decoder.block_end, 1 + (dcid[0] & LENGTH_BITS)) if decoder.encodes_length else decoder.cid_length
-        return dcid[:length] if len(dcid) >= length else None
+        return dcid[:length] if length <= min(len(dcid), MAX_CID_LENGTH_V1) else None
 
     def fallback(self, flow: FourTuple) -> int | None:
         """The backend that the ring gives a 4-tuple (section 4.3.1: its only input); None without backends."""
         return self.ring[ring_slot(flow, self._ring_seed)] if self.ring else None
+
+    def servers(self, config_id: ConfigId) -> Mapping[bytes, Server]:
+        """All server IDs of one config ID, and what they map to."""
+        decoder = self._decoders[config_id]
+        return decoder.servers if decoder is not None else {}
+
+    @property
+    def ring_seed(self) -> int:
+        """What `ring_slot` begins with: 64 bits."""
+        return self._ring_seed
 
     @property
     def backends(self) -> tuple[Backend, ...]:

@@ -44,7 +44,6 @@ EVENTS = 256  # sockets per turn
 TICK = 0.1  # seconds between looks at idle flows and silent backends
 SWEEP = 4096  # flows looked at per tick
 PUSH_INTERVAL = 0.01  # seconds between bursts of pushed resets, or more if there are fewer to push
-SILENT_DATAGRAMS = 8  # unanswered datagrams that make silence suspicious
 STOPPED = 1.0  # seconds without a look at the clock, after which this process must have been stopped
 RESTORE_PATIENCE = 1.0  # seconds that a port of a killed predecessor may take to become free
 
@@ -497,7 +496,7 @@ class UdpEngine:
                 continue
             for member in service.members:
                 sent, heard = sum(member.by_config), member.datagrams_from
-                if member.silent.suspicious(sent, heard, now, service.policy.silence, SILENT_DATAGRAMS):
+                if member.silent.suspicious(sent, heard, now, service.policy.silence):
                     self._suspect(member.service, member.name)
 
     # Pushed resets.

@@ -18,6 +18,7 @@ from lb.engine import BackendCounters, ServiceCounters
 from lb.mmsg import raw_address
 from lb.router import Router, RouterLimits, Verdict
 from lb.routing import RoutingTable
+from lb.silence import SilenceWatch
 from lb.sockets import Port, source_control
 
 # A client by its socket address, as the kernel has it; for wildcard listeners, and the address that it sent to.
@@ -116,27 +117,6 @@ class Member:
             flows=self.flows,
             unreachable=self.unreachable,
         )
-
-
-class SilenceWatch:
-    """Notices a backend that is sent traffic and answers nothing."""
-
-    __slots__ = ("heard", "sent", "since")
-
-    def __init__(self) -> None:
-        self.since = 0.0
-        self.sent = 0
-        self.heard = -1
-
-    def suspicious(self, sent: int, heard: int, now: float, patience: float, at_least: int) -> bool:
-        """Whether at least so many datagrams went unanswered over `patience` seconds; asks again after as long."""
-        if heard != self.heard or sent == self.sent:
-            self.heard, self.sent, self.since = heard, sent, now
-            return False
-        if now - self.since < patience or sent - self.sent < at_least:
-            return False
-        self.sent, self.since = sent, now
-        return True
 
 
 class Upstream(Port):

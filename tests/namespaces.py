@@ -1,72 +1,20 @@
-"""Network namespaces for tests: addresses and routes that can be changed, and nothing of the machine's own."""
+"""Network namespaces for tests: named for the process that runs them."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
-CLONE_NEWNET = 0x40000000  # linux/sched.h
-HOME = Path("/run/netns")  # where ip-netns(8) keeps them
-IP = shutil.which("ip") or "/usr/sbin/ip"
+from backend.demo import namespaces as demo
+from backend.demo.namespaces import HOME, IP, inside, ip, missing, sysctl
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-@functools.cache
-def missing() -> str | None:
-    """Why there can be no namespaces here; None if there can."""
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    if not Path(IP).exists():
-        return "ip is not installed (Debian: apt-get install iproute2)"
-    name = f"quiclb-test-{os.getpid()}"
-    if subprocess.run([IP, "netns", "add", name], capture_output=True, check=False).returncode:
-        return "may not create a network namespace"
-    subprocess.run([IP, "netns", "delete", name], check=True)
-    return None
+__all__ = ["HOME", "IP", "inside", "ip", "missing", "namespaces", "sysctl"]
 
 
 @contextlib.contextmanager
 def namespaces(*names: str) -> Iterator[tuple[str, ...]]:
     """Namespaces of these names and of this process, each with a loopback interface; gone after the block."""
     full = tuple(f"quiclb-test-{os.getpid()}-{name}" for name in names)
-    try:
-        for name in full:
-            subprocess.run([IP, "netns", "add", name], check=True)
-            ip(name, "link set lo up")
+    with demo.namespaces(*full):
         yield full
-    finally:
-        for name in full:
-            subprocess.run([IP, "netns", "delete", name], stderr=subprocess.DEVNULL, check=False)
-
-
-def ip(namespace: str, *commands: str) -> None:
-    """Run ip(8) commands in a namespace, all of them in one batch."""
-    subprocess.run([IP, "-n", namespace, "-batch", "-"], input="\n".join(commands) + "\n", text=True, check=True)
-
-
-@contextlib.contextmanager
-def inside(namespace: str) -> Iterator[None]:
-    """Sockets that this thread opens in the block, and processes and threads that it starts, are in a namespace."""
-    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    try:
-        with open(HOME / namespace) as entered:
-            _enter(entered.fileno())
-        try:
-            yield
-        finally:
-            _enter(before)
-    finally:
-        os.close(before)
-
-
-def _enter(descriptor: int) -> None:
-    if _libc.setns(descriptor, CLONE_NEWNET):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))

@@ -21,7 +21,7 @@ from lb.cid import ConfigId, ServerId
 from lb.cli import main
 from lb.reset import server_reset_key
 from tests.files import CID_KEY, OTHER_CID_KEY, RESET_KEY, examples, write_key, write_keys
-from tests.test_config import GOOD
+from tests.test_config import GOOD, XDP, edited
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "extra-vectors.json").read_text())["vectors"]
 PLAINTEXT = {"server_id_length": 3, "nonce_length": 4, "cid": "07c4605e4504cc4f"}
@@ -29,6 +29,7 @@ DECODED = {"config_id": 0, "server_id_length": 3, "nonce_length": 4, "server_id"
 COMMANDS = [
     [], ["run"], ["check"], ["schema"], ["keygen"], ["keygen", "cid"], ["keygen", "reset"], ["keygen", "server-reset"],
     ["keygen", "server-id"], ["cid"], ["cid", "encode"], ["cid", "decode"], ["cid", "explain"],
+    ["xdp"], ["xdp", "status"], ["xdp", "sample"], ["xdp", "detach"], ["decap"],
 ]  # fmt: skip
 
 
@@ -69,10 +70,10 @@ def test_help_is_there_for_every_command(capsys: pytest.CaptureFixture[str], com
     assert out.startswith(f"usage: quiclb{' ' if command else ''}{' '.join(command)} ")
 
 
-@pytest.mark.parametrize("command", ["run", "check", "schema", "keygen", "cid"])
+@pytest.mark.parametrize("command", ["run", "check", "schema", "keygen", "cid", "xdp", "decap"])
 def test_help_has_examples_and_exit_statuses(capsys: pytest.CaptureFixture[str], command: str) -> None:
     out = quiclb(capsys, command, "--help")[1]
-    assert f"examples:\n  quiclb {'check' if command == 'run' else command}" in out
+    assert re.search(rf"examples:\n(  .*\n)*  (.* && )?quiclb {command} ", out)
     assert "Exit status: 0" in out
 
 
@@ -82,7 +83,15 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"quiclb \d+\.\d+\.\d+\n", out)
 
 
-@pytest.mark.parametrize("argv", [[], ["frobnicate"], ["check"], ["run"], ["keygen", "server-id"], ["cid", "explain"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [], ["frobnicate"], ["check"], ["run"], ["keygen", "server-id"], ["cid", "explain"], ["xdp"], ["decap"],
+        ["xdp", "detach"], ["xdp", "sample", "--interface", "lo"],
+        ["xdp", "sample", "--interface", "lo", "--every", "0"], ["xdp", "sample", "--interface", "lo", "--every", "1s"],
+        ["xdp", "sample", "--interface", "lo", "--every", "1", "--verdict", "lost"],
+    ],
+)  # fmt: skip
 def test_wrong_arguments_are_status_2(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     status, out, err = quiclb(capsys, *argv)
     assert (status, out) == (2, "")
@@ -92,12 +101,12 @@ def test_wrong_arguments_are_status_2(capsys: pytest.CaptureFixture[str], argv: 
 # check
 
 
-@pytest.mark.parametrize("name", ["minimal.yaml", "quiclb.yaml", "two-services.yaml"])
+@pytest.mark.parametrize("name", ["minimal.yaml", "quiclb.yaml", "two-services.yaml", "xdp.yaml"])
 def test_check_says_what_the_examples_mean(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
     path = examples(tmp_path) / name
     status, out, err = quiclb(capsys, "check", path)
     assert (status, err) == (0, "")
-    assert out.startswith(f"{path}: ok\nengine udp, ")
+    assert out.startswith(f"{path}: ok\nengine {'xdp on eth0' if name == 'xdp.yaml' else 'udp'}, ")
     assert quiclb(capsys, "check", "-c", path) == (0, out, "")
     keys = [file.read_text().strip() for file in (tmp_path / "secrets").iterdir()]
     assert len(keys) == 5
@@ -151,8 +160,10 @@ def test_fingerprints_tell_keys_apart_and_nothing_else(capsys: pytest.CaptureFix
 def test_check_as_json_has_the_words_of_the_file(capsys: pytest.CaptureFixture[str], directory: Path) -> None:
     described = json.loads(quiclb(capsys, "check", "--json", directory / "quiclb.yaml")[1])
     assert set(described) == {
-        "engine", "workers", "runtime-directory", "admin", "log", "limits", "services", "advice"
+        "engine", "workers", "interface", "forward", "xdp", "runtime-directory", "admin", "log", "limits", "services",
+        "advice",
     }  # fmt: skip
+    assert [described[name] for name in ("engine", "interface", "forward", "xdp")] == ["udp", None, None, None]
     assert described["services"][1]["backends"] == [
         {
             "name": "x",
@@ -163,6 +174,69 @@ def test_check_as_json_has_the_words_of_the_file(capsys: pytest.CaptureFixture[s
             "ring-share": 1.0,
         }
     ]
+
+
+def test_check_shows_what_the_xdp_engine_is_told(capsys: pytest.CaptureFixture[str], directory: Path) -> None:
+    path = directory / "xdp.yaml"
+    path.write_text(XDP)
+    out = quiclb(capsys, "check", path)[1].splitlines()
+    assert out[1:3] == [
+        "engine xdp on eth0.100, forward nat, metrics not served",
+        f"xdp: attach native, pin-directory {directory}/pins, source 10.0.0.2 and fd00::2, nat-ports 2048-4095, "
+        "constant-time true",
+    ]
+    described = json.loads(quiclb(capsys, "check", "--json", path)[1])
+    assert (described["engine"], described["interface"], described["forward"]) == ("xdp", "eth0.100", "nat")
+    assert described["xdp"] == {
+        "attach": "native",
+        "pin-directory": f"{directory}/pins",
+        "source": ["10.0.0.2", "fd00::2"],
+        "nat-ports": "2048-4095",
+        "constant-time": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "path", "message"),
+    [
+        ("2048-4095", "2048-40000", "xdp.nat-ports", "Linux gives its own sockets ports from 32768"),
+        ("forward: nat", "forward: l2", "xdp.source", "forward: l2 has no use for it"),
+        ("forward: nat", "forward: nat\nruntime-directory: run", "runtime-directory", "engine: xdp has no use for it"),
+        ("forward: nat", "forward: nat\nlimits: {sockets: 7}", "limits.sockets", "engine: xdp has no use for it"),
+    ],
+)
+def test_what_may_be_regretted_with_the_xdp_engine_is_advised_against(
+    capsys: pytest.CaptureFixture[str], directory: Path, old: str, new: str, path: str, message: str
+) -> None:
+    def advice(text: str) -> list[tuple[str, str]]:
+        (directory / "xdp.yaml").write_text(text)
+        described = json.loads(quiclb(capsys, "check", "--json", directory / "xdp.yaml")[1])
+        return [(note["path"], note["message"]) for note in described["advice"]]
+
+    (new_note,) = set(advice(edited(old, new, XDP))) - set(advice(XDP))
+    assert new_note[0] == path
+    assert new_note[1].startswith(message)
+
+
+def test_check_asks_the_machine_only_if_told_to(capsys: pytest.CaptureFixture[str], directory: Path) -> None:
+    path = directory / "xdp.yaml"
+    path.write_text(edited("eth0.100", "no-such-eth77", XDP))
+    assert quiclb(capsys, "check", path)[::2] == (0, "")
+    status, out, err = quiclb(capsys, "check", "--engine", path)
+    assert status == 1
+    assert out.startswith(f"{path}: ok\n")
+    assert "this machine: no such network interface: no-such-eth77\n" in err
+    assert "this machine: ok" not in out
+
+    status, out, _ = quiclb(capsys, "check", "--engine", "--json", path)
+    assert status == 1
+    assert "no such network interface: no-such-eth77" in json.loads(out)["machine"]["lacks"]
+
+
+def test_sockets_need_nothing_that_a_machine_may_lack(capsys: pytest.CaptureFixture[str], directory: Path) -> None:
+    status, out, err = quiclb(capsys, "check", "--engine", directory / "quiclb.yaml")
+    assert (status, err) == (0, "")
+    assert "\nthis machine: ok\n" in out
 
 
 def test_check_says_every_mistake_on_a_line_of_its_own(capsys: pytest.CaptureFixture[str], directory: Path) -> None:

@@ -14,8 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lb.address import Address
+from lb.checks import Section, check_engine
 from lb.cid import CidConfig, ConfigId, ServerId
 from lb.config import (
+    Attach,
+    Forward,
     HealthConfig,
     LbConfig,
     Limits,
@@ -23,12 +26,15 @@ from lb.config import (
     Probe,
     ResetConfig,
     ServiceConfig,
+    XdpConfig,
     load_config,
     refuse_reload,
 )
-from lb.document import MAX_FILE
+from lb.document import MAX_FILE, Document, Scalar
 from lb.errors import ConfigError, ConfigErrors
+from lb.keys import BackendKeys, ServiceKeys
 from lb.routing import Backend, CidSlot, Service, UnknownServer
+from lb.schema import Reading
 from tests.files import CID_KEY, OTHER_CID_KEY, RESET_KEY, examples, write_key, write_keys
 
 GOOD = """\
@@ -159,7 +165,7 @@ def test_defaults_are_those_that_other_modules_count_on() -> None:
     assert LogConfig() == LogConfig(format="text", level="info")
 
 
-@pytest.mark.parametrize("name", ["minimal.yaml", "quiclb.yaml", "two-services.yaml"])
+@pytest.mark.parametrize("name", ["minimal.yaml", "quiclb.yaml", "two-services.yaml", "xdp.yaml"])
 def test_the_examples_load(tmp_path: Path, name: str) -> None:
     assert load_config(examples(tmp_path) / name).services
 
@@ -216,8 +222,10 @@ MISTAKES = {
     "tag": ("workers: 2", "workers: !!int 2", "workers", "tags are not used here"),
     "python tag": ("workers: 2", "workers: !!python/name:os.system x", "workers", "tags are not used here"),
     # Kinds.
-    "engine": ("engine: udp", "engine: xdp", "engine", "xdp: this version has the udp engine only: expected udp"),
-    "another engine": ("engine: udp", "engine: upd", "engine", "upd: expected udp; did you mean udp?"),
+    "engine": ("engine: udp", "engine: upd", "engine", "upd: expected udp or xdp; did you mean udp?"),
+    "interface of the udp engine": ("workers: 2", "interface: eth0", "interface", "eth0: expected no such key, or engine: xdp"),
+    "forward mode of the udp engine": ("workers: 2", "forward: nat", "forward", "nat: expected no such key, or engine: xdp"),
+    "section of the udp engine": ("workers: 2", "xdp: {}", "xdp", "a mapping: expected no such key, or engine: xdp"),
     "too many workers": ("workers: 2", "workers: 65", "workers", "65: expected an integer, 1 to 64"),
     "negative": ("workers: 2", "workers: -1", "workers", "-1: expected an integer, 1 to 64"),
     "list for scalar": ("workers: 2", "workers: [2]", "workers", "a list: expected an integer, 1 to 64"),
@@ -315,6 +323,154 @@ def test_a_mistake_is_named_with_its_path_and_nothing_else_is(
     assert message in found[0][1]
     for digits in (CID_KEY, OTHER_CID_KEY, RESET_KEY, "sesame", "90125", "g" * 32):
         assert digits not in found[0][1]
+
+
+XDP = """\
+engine: xdp
+interface: eth0.100
+forward: nat
+xdp:
+  attach: native
+  pin-directory: pins
+  source: [10.0.0.2, "FD00:0::2"]
+  nat-ports: 2048-4095
+  constant-time: true
+services:
+  - name: web
+    listen: ["192.0.2.1:443"]
+    backends:
+      - {name: a, address: "10.0.0.11:443"}
+      - {name: b, address: "10.0.0.12:443"}
+  - name: names
+    listen: ["192.0.2.1:853"]
+    backends: [{name: x, address: "10.0.0.11:853"}]
+"""
+
+
+def test_every_key_of_the_xdp_engine_means_what_the_documents_say(directory: Path) -> None:
+    config = load(directory, XDP)
+    assert replace(config, services=()) == LbConfig(
+        engine="xdp",
+        interface="eth0.100",
+        forward=Forward.NAT,
+        xdp=XdpConfig(
+            attach=Attach.NATIVE,
+            pin_directory=directory / "pins",
+            source=("10.0.0.2", "fd00::2"),
+            nat_ports=range(2048, 4096),
+            constant_time=True,
+        ),
+        services=(),
+    )
+    assert XdpConfig() == XdpConfig(
+        attach=Attach.AUTO,
+        pin_directory=Path("/sys/fs/bpf/quiclb"),
+        source=(),
+        nat_ports=range(1024, 32768),
+        constant_time=False,
+    )
+
+
+@pytest.mark.parametrize("forward", Forward)
+def test_every_forward_mode_loads(directory: Path, forward: Forward) -> None:
+    config = load(directory, edited("forward: nat", f"forward: {forward.name.lower()}", XDP))
+    assert config.forward is forward
+
+
+def test_one_line_makes_an_xdp_balancer_of_a_udp_one(directory: Path) -> None:
+    """Drop-in: what is only for sockets may stay in the file."""
+    text = edited("engine: udp", "engine: xdp\ninterface: eth0").replace("workers: 2\n", "")
+    assert load(directory, text).services == load(directory, GOOD).services
+
+
+WEB, BACKEND_B, NAMES = "services[0].listen", "services[0].backends[1].address", "services[1].backends[0].address"
+ANOTHER_PORT = '"10.0.0.12:443"', '"10.0.0.12:4433"', BACKEND_B
+XDP_MISTAKES = {
+    "interface missing": ("interface: eth0.100\n", "", "interface", "missing: expected the name of a network interface"),
+    "interface name too long": ("eth0.100", "i" * 16, "interface", "expected the name of a network interface, up to 15"),
+    "interface name with a slash": ("eth0.100", "a/b", "interface", "a/b: expected the name of a network interface"),
+    "interface name that is a directory": ("eth0.100", "..", "interface", "..: expected the name of a network interface"),
+    "interface name with a space": ("eth0.100", "a b", "interface", "a b: expected the name of a network interface"),
+    "interface name that is a number": ("eth0.100", "12", "interface", "12: YAML takes this for an integer; put it in quotes"),
+    "workers with xdp": ("forward: nat", "workers: 2", "workers", "2: expected 1 with engine: xdp, which is on every CPU"),
+    "forward mode": ("forward: nat", "forward: dsr", "forward", "dsr: expected nat, dnat, l2, ipip or gue"),
+    "attach mode": ("attach: native", "attach: offload", "xdp.attach", "offload: expected auto, native or generic"),
+    "unknown key of xdp": ("attach: native", "attack: native", "xdp.attack", "unknown key; did you mean attach?"),
+    "source with a port": ('"FD00:0::2"', '"10.0.0.3:443"', "xdp.source[1]", "10.0.0.3:443: expected an IP address"),
+    "source in brackets": ('"FD00:0::2"', '"[fd00::2]"', "xdp.source[1]", "[fd00::2]: expected an IP address, as in"),
+    "source that is a name": ("10.0.0.2", "here", "xdp.source[0]", "here: expected an IP address, as in"),
+    "source with a zone": ('"FD00:0::2"', '"fe80::1%eth0"', "xdp.source[1]", "fe80::1%eth0: expected one that means the same"),
+    "source in disguise": ('"FD00:0::2"', '"::ffff:10.0.0.2"', "xdp.source[1]", "::ffff:10.0.0.2: write it as IPv4"),
+    "sources of one family": ('"FD00:0::2"', "10.0.0.3", "xdp.source[1]", "of the same family as xdp.source[0]: expected one"),
+    "source that is everybody": ("10.0.0.2", "0.0.0.0", "xdp.source[0]", "0.0.0.0: expected the address of one machine"),
+    "source that is a group": ('"FD00:0::2"', '"ff02::1"', "xdp.source[1]", "ff02::1: expected the address of one machine"),
+    "nat-ports backwards": ("2048-4095", "4095-2048", "xdp.nat-ports", "4095-2048: expected a range of ports"),
+    "nat-ports from 0": ("2048-4095", "0-4095", "xdp.nat-ports", "0-4095: expected a range of ports"),
+    "nat-ports too high": ("2048-4095", "2048-65536", "xdp.nat-ports", "2048-65536: expected a range of ports"),
+    "nat-ports that is one port": ("2048-4095", "2048", "xdp.nat-ports", "2048: YAML takes this for an integer"),
+    "constant-time": ("constant-time: true", "constant-time: yes", "xdp.constant-time", "yes: expected true or false"),
+}  # fmt: skip
+REACH_MISTAKES = {
+    "two listeners of dnat": ("dnat", '"192.0.2.1:443"', '"192.0.2.1:443", "192.0.2.2:443"', f"{WEB}[1]", "192.0.2.2:443: expected one listening address per service with forward: dnat"),
+    "wildcard listener of dnat": ("dnat", '"192.0.2.1:853"', '"0.0.0.0:853"', "services[1].listen[0]", "0.0.0.0:853: expected one listening address per service with forward: dnat"),
+    "backend of another family": ("dnat", '"10.0.0.12:443"', '"[fd00::12]:443"', BACKEND_B, f"[fd00::12]:443: expected an address of the family of {WEB}[0], as dnat keeps it"),
+    "backend of two services": ("dnat", '"10.0.0.11:853"', '"10.0.0.12:443"', NAMES, f"10.0.0.12:443: {BACKEND_B} has it already: expected another with forward: dnat"),
+    "another port with l2": ("l2", *ANOTHER_PORT, f"10.0.0.12:4433: expected the port of {WEB}[0], as forward: l2 changes none"),
+    "another port with ipip": ("ipip", *ANOTHER_PORT, f"10.0.0.12:4433: expected the port of {WEB}[0], as forward: ipip changes none"),
+    "another port with gue": ("gue", *ANOTHER_PORT, f"10.0.0.12:4433: expected the port of {WEB}[0], as forward: gue changes none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "path", "message"), XDP_MISTAKES.values(), ids=XDP_MISTAKES.keys())
+def test_a_mistake_about_the_xdp_engine_is_named(directory: Path, old: str, new: str, path: str, message: str) -> None:
+    found = mistakes(directory, edited(old, new, XDP))
+    assert [path] == [p for p, _ in found], found
+    assert message in found[0][1]
+
+
+@pytest.mark.parametrize(
+    ("forward", "old", "new", "path", "message"), REACH_MISTAKES.values(), ids=REACH_MISTAKES.keys()
+)
+def test_what_a_backend_would_not_understand_is_a_mistake(
+    directory: Path, forward: str, old: str, new: str, path: str, message: str
+) -> None:
+    text = edited(old, new, XDP)
+    assert load(directory, text)
+    assert mistakes(directory, edited("forward: nat", f"forward: {forward}", text)) == [(path, message)]
+
+
+def test_two_ports_of_a_service_are_one_too_many_where_none_is_changed(directory: Path) -> None:
+    text = edited('"192.0.2.1:443"', '"192.0.2.1:443", "192.0.2.1:8443"', edited("forward: nat", "forward: l2", XDP))
+    assert [path for path, _ in mistakes(directory, text)] == ["services[0].backends[0].address", BACKEND_B]
+    assert "listen[1]" in mistakes(directory, text)[0][1]
+
+
+def test_more_backends_than_a_ring_can_name_are_a_mistake(tmp_path: Path) -> None:
+    """Sixteen services may have as many as that, and no single one: so there is one service here, made without a file."""
+    (tmp_path / "empty.yaml").write_text("{}")
+    document = Document(tmp_path / "empty.yaml")
+    reading = Reading(document)
+
+    def check(count: int) -> None:
+        backends = tuple(
+            BackendKeys(name=f"b{i}", address=Address(f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}", 443))
+            for i in range(count)
+        )
+        listen = (Address("192.0.2.1", 443),)
+        service = ServiceKeys(name="web", listen=listen, backends=backends)
+        check_engine(
+            LbConfig(engine="xdp", interface="eth0", services=()),
+            {"interface": Scalar("eth0", "str")},
+            [Section(service, "services[0]", reading)],
+            reading,
+        )
+
+    check(65_535)
+    assert document.mistakes == []
+    check(65_536)
+    assert [(error.path, error.message) for error in document.mistakes] == [
+        ("services", "65536 backends: expected at most 65535 with engine: xdp")
+    ]
 
 
 SHARED = """\
@@ -483,12 +639,30 @@ def test_no_tree_raises_anything_but_config_errors(directory: Path, tree: object
 
 @FUZZ
 @given(
-    st.integers(0, len(GOOD) - 1),
+    st.sampled_from(
+        [GOOD, XDP, edited("forward: nat", "forward: dnat", XDP), edited("forward: nat", "forward: l2", XDP)]
+    ),
+    st.integers(0),
     st.integers(0, 12),
     st.sampled_from(["", "0", "-", ":", '"', "[", "}", "\n", "*", "é"]),
 )
-def test_no_small_change_raises_anything_but_config_errors(directory: Path, at: int, cut: int, put: str) -> None:
-    loads_or_says_why(directory, (GOOD[:at] + put + GOOD[at + cut :]).encode())
+def test_no_small_change_raises_anything_but_config_errors(
+    directory: Path, text: str, where: int, cut: int, put: str
+) -> None:
+    at = where % len(text)
+    loads_or_says_why(directory, (text[:at] + put + text[at + cut :]).encode())
+
+
+@FUZZ
+@given(which=st.sampled_from(["top", "xdp", "service", "backend"]), nth=st.integers(0), value=TREES)
+def test_no_value_in_an_xdp_balancers_file_raises_anything_but_config_errors(
+    directory: Path, which: str, nth: int, value: object
+) -> None:
+    tree = yaml.safe_load(XDP)
+    service = tree["services"][0]
+    owner = {"top": tree, "xdp": tree["xdp"], "service": service, "backend": service["backends"][0]}[which]
+    owner[list(owner)[nth % len(owner)]] = value
+    loads_or_says_why(directory, yaml.safe_dump(tree).encode())
 
 
 @FUZZ
@@ -507,6 +681,34 @@ def test_no_value_in_a_good_file_raises_anything_but_config_errors(
     }[which]
     owner[list(owner)[nth % len(owner)]] = value
     loads_or_says_why(directory, yaml.safe_dump(tree).encode())
+
+
+XDP_RELOADS = {
+    "interface": (("eth0.100", "eth1"), ("interface", "eth1: this process runs with eth0.100; a restart changes it")),
+    "forward": (("forward: nat", "forward: l2"), ("forward", "l2: this process runs with nat; a restart changes it")),
+    "attach": (
+        ("attach: native", "attach: auto"),
+        ("xdp.attach", "auto: this process runs with native; a restart changes it"),
+    ),
+    "source": (
+        ('10.0.0.2, "FD00:0::2"', "10.0.0.2"),
+        ("xdp.source", "['10.0.0.2']: this process runs with ['10.0.0.2', 'fd00::2']; a restart changes it"),
+    ),
+    "nat-ports": (
+        ("2048-4095", "2048-4096"),
+        ("xdp.nat-ports", "2048-4096: this process runs with 2048-4095; a restart changes it"),
+    ),
+    "constant-time": (
+        ("constant-time: true", "constant-time: false"),
+        ("xdp.constant-time", "False: this process runs with True; a restart changes it"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "refused"), XDP_RELOADS.values(), ids=XDP_RELOADS.keys())
+def test_a_reload_cannot_move_the_program(directory: Path, change: tuple[str, str], refused: tuple[str, str]) -> None:
+    old, new = load(directory, XDP), load(directory, edited(*change, XDP))
+    assert [(error.path, error.message) for error in refuse_reload(old, new)] == [refused]
 
 
 RELOADS = {

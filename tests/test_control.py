@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +102,11 @@ class Site:
 
 
 class Process:
-    """`quiclb run` in a process of its own, and the events that it logs."""
+    """`quiclb run` in a process of its own, and the events that it logs. `by` is a command that runs it."""
 
-    def __init__(self, config: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "lb", "run", "-c", config], stderr=subprocess.PIPE, text=True
-        )
+    def __init__(self, config: Path, by: Sequence[str] = ()) -> None:
+        command = [*by, sys.executable, "-m", "lb", "run", "-c", str(config)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -80,27 +80,34 @@ def test_the_messages_on_the_page_are_real(tmp_path: Path) -> None:
     assert session[1].splitlines() == [str(error) for error in caught.value.exceptions]
 
 
-def test_the_readmes_configuration_is_one(tmp_path: Path) -> None:
+def test_the_readmes_configurations_are_some(tmp_path: Path) -> None:
+    """The first is a whole file; the second makes it one for the other engine, which has no workers."""
     from lb.config import load_config
     from tests.files import write_keys
 
     readme = (PAGE.parent.parent / "README.md").read_text()
-    (configuration,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    whole, change = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
     write_keys(tmp_path)
-    (tmp_path / "quiclb.yaml").write_text(configuration)
+    (tmp_path / "quiclb.yaml").write_text(whole)
     config = load_config(tmp_path / "quiclb.yaml")
 
     assert [backend.name for backend in config.services[0].service.backends] == ["a", "b", "c"]
     assert config.services[0].service.cid_slots[0].config.algorithm == "single-pass"
 
+    (tmp_path / "quiclb.yaml").write_text(change + whole.replace("workers: 2\n", ""))
+    in_the_kernel = load_config(tmp_path / "quiclb.yaml")
+    assert (in_the_kernel.engine, in_the_kernel.interface) == ("xdp", "eth0")
+    assert in_the_kernel.services == config.services
+
 
 def test_the_architecture_has_a_row_for_every_module_and_no_other() -> None:
     text = (PAGE.parent / "architecture.md").read_text()
-    rows = re.findall(r"^\| ((?:`\w+` ?)+)\|", text[: text.index("## A datagram's way")], re.MULTILINE)
-    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    modules = {path.stem for path in (PAGE.parent.parent / "lb").glob("*.py")} - {"__init__", "__main__"}
+    rows = re.findall(r"^\| ((?:`[\w/]+` ?)+)\|", text[: text.index("## A datagram's way")], re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([\w/]+)`", row)]
+    lb = PAGE.parent.parent / "lb"
+    modules = [path.relative_to(lb).with_suffix("") for path in lb.rglob("*.py")]
 
-    assert sorted(named) == sorted(modules)
+    assert sorted(named) == sorted(str(module) for module in modules if module.stem not in ("__init__", "__main__"))
 
 
 def test_every_link_between_the_pages_leads_somewhere() -> None:

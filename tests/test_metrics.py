@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from lb.address import Address
 from lb.engine import BackendCounters, Counters, Drop, ServiceCounters
 from lb.healthcheck import RESULTS, BackendHealth
-from lb.metrics import STATES, BalancerCollector, MetricsServer, Snapshot
+from lb.metrics import STATES, BalancerCollector, MetricsServer, Snapshot, XdpInfo
 from lb.router import Verdict
 from lb.routing import BackendState, RoutingTable, Unroutable
 from tests.builders import service
@@ -66,6 +67,10 @@ def snapshot() -> Snapshot:
             flows_restored=134,
             sockets=135,
             socket_limit=136,
+            icmp_forwarded=137,
+            too_big_sent=138,
+            too_big_limited=139,
+            samples_lost=170,
         ),
         health={
             "web": {
@@ -85,6 +90,10 @@ def snapshot() -> Snapshot:
         reloads={"ok": 160, "refused": 161},
         reloaded_at=2000.0,
     )
+
+
+def xdp_snapshot() -> Snapshot:
+    return replace(snapshot(), engine="xdp", xdp=XdpInfo("eth0", "native", "l2"))
 
 
 def collect(now: Callable[[], Snapshot] = snapshot) -> list[Metric]:
@@ -148,6 +157,19 @@ def test_every_counter_is_shown_where_it_belongs() -> None:
     }
 
 
+def test_the_xdp_engine_shows_the_same_and_a_little_more() -> None:
+    shown, usual = samples(collect(xdp_snapshot)), samples(collect())
+    assert [key[0] for key in shown.pop("quiclb_build_info")] == ["xdp"]
+    del usual["quiclb_build_info"]
+    assert {name: values for name, values in shown.items() if name in usual} == usual
+    assert {name: values for name, values in shown.items() if name not in usual} == {
+        "quiclb_xdp_info": {("l2", "eth0", "native"): 1},
+        "quiclb_icmp_forwarded_total": {(): 137},
+        "quiclb_icmp_too_big_total": {("sent",): 138, ("limited",): 139},
+        "quiclb_samples_lost_total": {(): 170},
+    }
+
+
 def test_failing_open_is_shown_and_nobody_is_dead_then() -> None:
     everybody = dict.fromkeys(STATE_OF, BackendState.DOWN)
     now = snapshot()
@@ -169,7 +191,7 @@ def documented() -> dict[str, tuple[str, frozenset[str]]]:
 
 def test_the_document_lists_exactly_the_metrics_there_are() -> None:
     shown = {}
-    for metric in [*collect(), *ProcessCollector(registry=None).collect()]:
+    for metric in [*collect(xdp_snapshot), *ProcessCollector(registry=None).collect()]:
         for sample in metric.samples:
             shown[sample.name] = (metric.type, frozenset(sample.labels))
     assert documented() == shown
@@ -184,6 +206,7 @@ LISTS = {
     "Directions": ["to", "from"],
     "Results": list(RESULTS),
     "Why a datagram could not be sent": list(Drop.ALL),
+    "What became of ICMP answers": ["sent", "limited"],
     "Reloads": ["ok", "refused"],
 }
 
@@ -196,7 +219,7 @@ def test_the_document_explains_every_value_of_a_label() -> None:
 
 
 def test_every_help_text_is_a_sentence_and_every_name_has_our_prefix() -> None:
-    for metric in collect():
+    for metric in collect(xdp_snapshot):
         assert metric.name.startswith("quiclb_")
         assert re.fullmatch(r"[A-Z1].*\.", metric.documentation), metric.documentation
 
@@ -289,7 +312,7 @@ def test_promtool_has_nothing_to_say() -> None:
     promtool = shutil.which("promtool", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if promtool is None:
         pytest.skip("promtool (of Debian's prometheus) is not installed")
-    server = MetricsServer(LOOPBACK, snapshot)
+    server = MetricsServer(LOOPBACK, xdp_snapshot)
     server.start()
     try:
         text = Scrape(server.address).text

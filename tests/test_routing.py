@@ -171,7 +171,7 @@ def test_a_backend_answers_to_all_its_server_ids() -> None:
         (b"\x10" + bytes(15), None),
         (b"\x13" + bytes(18), None),
         (b"\x00" + bytes(30), 17),  # appended octets left out of the count, or low bits that are no length
-        (b"\x1f" + bytes(31), 32),
+        (b"\x1f" + bytes(31), None),  # 32 octets are more than a CID has
         (b"\x60" + bytes(30), 11),  # does not encode its length: as configured, two appended octets
         (b"\x7f" + bytes(30), 11),
         (b"\x7f" + bytes(9), None),

@@ -17,7 +17,7 @@ from lb.document import Document
 from lb.kinds import Duration, Fraction, Integer, Size
 from lb.schema import Kind, Reading
 from tests.files import EXAMPLES
-from tests.test_config import GOOD, MISTAKES, edited
+from tests.test_config import GOOD, MISTAKES, XDP, XDP_MISTAKES, edited
 
 # What a schema cannot see: files, comparisons of two places, and what is lost once YAML is values.
 NOT_FOR_A_SCHEMA = {
@@ -26,12 +26,15 @@ NOT_FOR_A_SCHEMA = {
     "seed that does not print", "name that is a date", "port 0", "IPv6 without brackets", "endless address",
     "sum over 19", "CID over 20", "weights", "hold-off", "new-flow-timeout",
     "duration too long", "duration of a lifetime", "jitter too large", "config ID twice",
+    "interface of the udp engine", "forward mode of the udp engine", "section of the udp engine",
+    "interface missing", "workers with xdp", "source with a port", "sources of one family", "source in disguise",
+    "source that is everybody", "source that is a group", "nat-ports backwards", "nat-ports too high", "constant-time",
 }  # fmt: skip
 COMPARES_OR_READS = (
     "key file", "reset key", "service name", "backend", "server ID twice", "server ID of the wrong",
     "server IDs of no", "listener", "wildcard", "address after",
 )  # fmt: skip
-NOT_FOR_A_SCHEMA |= {name for name in MISTAKES if name.startswith(COMPARES_OR_READS)}
+NOT_FOR_A_SCHEMA |= {name for name in MISTAKES | XDP_MISTAKES if name.startswith(COMPARES_OR_READS)}
 
 
 def as_json(value: Any) -> Any:
@@ -63,7 +66,7 @@ def test_the_schemas_are_of_draft_2020_12(schema: str) -> None:
     jsonschema.Draft202012Validator.check_schema(parsed)
 
 
-@pytest.mark.parametrize("name", ["minimal.yaml", "quiclb.yaml", "two-services.yaml"])
+@pytest.mark.parametrize("name", ["minimal.yaml", "quiclb.yaml", "two-services.yaml", "xdp.yaml"])
 def test_the_schema_accepts_the_examples(validator: jsonschema.Draft202012Validator, name: str) -> None:
     validator.validate(as_json(yaml.safe_load((EXAMPLES / name).read_text())))
 
@@ -73,16 +76,17 @@ def test_the_schema_accepts_the_example_of_a_server() -> None:
     jsonschema.validate(as_json(yaml.safe_load((EXAMPLES / "server.yaml").read_text())), schema)
 
 
-@pytest.mark.parametrize("name", [name for name in MISTAKES if name not in NOT_FOR_A_SCHEMA])
+@pytest.mark.parametrize("name", [name for name in MISTAKES | XDP_MISTAKES if name not in NOT_FOR_A_SCHEMA])
 def test_the_schema_refuses_what_the_reader_refuses(validator: jsonschema.Draft202012Validator, name: str) -> None:
-    old, new, _, _ = MISTAKES[name]
-    assert not validator.is_valid(as_json(yaml.safe_load(edited(old, new))))
+    (old, new, _, _), text = (MISTAKES[name], GOOD) if name in MISTAKES else (XDP_MISTAKES[name], XDP)
+    assert not validator.is_valid(as_json(yaml.safe_load(edited(old, new, text))))
 
 
-def test_the_schema_accepts_the_file_that_the_mistakes_are_made_in(
-    validator: jsonschema.Draft202012Validator,
+@pytest.mark.parametrize("text", [GOOD, XDP])
+def test_the_schema_accepts_the_files_that_the_mistakes_are_made_in(
+    validator: jsonschema.Draft202012Validator, text: str
 ) -> None:
-    validator.validate(as_json(yaml.safe_load(GOOD)))
+    validator.validate(as_json(yaml.safe_load(text)))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from random import Random
 from typing import Any, cast
 
 from lb.address import Address
-from lb.upstream import PORT_REST, SAMPLE, Flow, Flows, Member, Ports, SilenceWatch, Upstream, most_idle
+from lb.silence import SilenceWatch
+from lb.upstream import PORT_REST, SAMPLE, Flow, Flows, Member, Ports, Upstream, most_idle
 
 MEMBER = Member("web", "b0", Address("192.0.2.1", 443))
 
@@ -129,7 +130,7 @@ def test_who_gives_up_a_port_is_looked_for_everywhere_in_the_end() -> None:
 def test_silence_is_suspicious_only_under_traffic_and_after_some_time() -> None:
     watch = SilenceWatch()
     asked = [
-        watch.suspicious(sent, heard, now, patience=0.5, at_least=8)
+        watch.suspicious(sent, heard, now, patience=0.5)
         for sent, heard, now in (
             (0, 0, 0.0),
             (0, 0, 9.0),  # nothing sent, nothing missed

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Self
 
+from backend.clients.source import source_towards
 from backend.clients.transfer import ConnectionEndedError, StatelessResetError, Transfer
 from lb.address import Address
 
@@ -195,7 +196,7 @@ class Http3Client(asyncio.DatagramProtocol):
         sock = socket.socket(family, socket.SOCK_DGRAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
         try:
-            sock.bind((local or ("::1" if self.server.is_ipv6 else "127.0.0.1"), 0))
+            sock.bind((local or source_towards(self.server), 0))
         except OSError:
             sock.close()
             raise

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
+from backend.clients.source import source_towards
 from lb.address import Address
 
 # Ours.
@@ -98,7 +99,7 @@ class NatRelay:
                 transport.close()
 
     async def _move(self, outside: str | None, *, keep_old: bool) -> None:
-        transport = await _endpoint(outside or ("::1" if self.target.is_ipv6 else "127.0.0.1"), self._down)
+        transport = await _endpoint(outside or source_towards(self.target), self._down)
         self._outside, old = transport, self._outside
         if old is not None:
             if keep_old:

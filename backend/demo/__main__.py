@@ -11,9 +11,11 @@ import sys
 from collections.abc import Sequence
 
 from backend.clients.fleet import LIBRARIES, STACKS, missing
+from backend.demo.lan import Xdp
+from backend.demo.place import StageError
 from backend.demo.report import Report
 from backend.demo.scenario import Scene, closing_figures, play
-from backend.demo.stage import ROOT, Play, Stage, StageError, stage
+from backend.demo.stage import ROOT, Play, Stage, stage
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 2, 130, 141
 
@@ -22,8 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Play the scenario. 0 if every step passed, 1 if one failed or nothing could be started, 2 for wrong options."""
     parser = argparse.ArgumentParser(
         prog="python -m backend.demo",
-        description="Start a balancer and three backends on loopback, and break things in front of real QUIC clients.",
+        description="Start balancers and three backends, and break things in front of real QUIC clients.",
         epilog="Exit status: 0 all passed, 1 a step failed, 2 wrong options.",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("udp", "xdp"),
+        default="udp",
+        help="what moves packets: sockets, all on loopback, or a program in the kernel, everybody in a network "
+        "namespace, which takes root (default: %(default)s)",
     )
     parser.add_argument(
         "--client",
@@ -36,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = Report(sys.stdout)
     stacks = args.client or [stack for stack in STACKS if missing(stack) is None]
     try:
-        return asyncio.run(_demonstrate(report, stacks, stay=args.stay))
+        return asyncio.run(_demonstrate(report, args.engine, stacks, stay=args.stay))
     except StageError as error:
         report.say(f"cannot go on: {error}")
         return EXIT_FAILED
@@ -49,13 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-async def _demonstrate(report: Report, stacks: Sequence[str], *, stay: bool) -> int:
+async def _demonstrate(report: Report, engine: str, stacks: Sequence[str], *, stay: bool) -> int:
     task = asyncio.current_task()
     if task is not None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    report.say("starting three backends and two balancers with the same configuration on loopback")
-    async with stage(Play(), ("one", "two")) as set_up:
+    where = "on loopback" if engine == "udp" else "on a switch, each in a network namespace"
+    report.say(f"starting three backends and two balancers with the same configuration {where}")
+    async with stage(Play(xdp=Xdp() if engine == "xdp" else None), ("one", "two")) as set_up:
         for name, balancer in set_up.balancers.items():
             family = f" and {balancer.address_v6}" if balancer.address_v6 else ""
             report.say(f"balancer {name} listens on {balancer.address}{family}")
@@ -82,18 +92,20 @@ async def _demonstrate(report: Report, stacks: Sequence[str], *, stay: bool) -> 
 
 
 async def _stay(report: Report, set_up: Stage) -> None:
-    address = set_up.balancers["one"].address
+    balancer = set_up.balancers["one"]
+    address = balancer.address
+    client, there = (" ".join((*set_up.place.entering(machine), "")) for machine in ("client", balancer.name))
     pids = ", ".join(f"{server.name} {server.child.pid}" for server in set_up.servers.values())
     report.heading(f"Still running at {address}. Ctrl-C ends it. In {ROOT}:")
     for line in (
-        f"{sys.executable} -m backend.clients {address} /whoami",
-        f"{sys.executable} -m backend.clients {address} /slow/30",
-        f"gtlsclient -q --exit-on-all-streams-close --download=/tmp {address.host} {address.port} "
+        f"{client}{sys.executable} -m backend.clients {address} /whoami",
+        f"{client}{sys.executable} -m backend.clients {address} /slow/30",
+        f"{client}gtlsclient -q --exit-on-all-streams-close --download=/tmp {address.host} {address.port} "
         f"https://localhost:{address.port}/whoami; cat /tmp/whoami",
-        f"curl http://{set_up.balancers['one'].admin}/metrics",
+        f"{there}curl http://{balancer.front.admin}/metrics",
     ):
         print(f"  {line}", flush=True)
-    report.say(f"process IDs of the backends: {pids}; of the balancer: {set_up.balancers['one'].child.pid}")
+    report.say(f"process IDs of the backends: {pids}; of the balancer: {balancer.child.pid}")
     report.say(f"configuration, keys and logs: {set_up.directory}")
     with contextlib.suppress(asyncio.CancelledError):
         await asyncio.Event().wait()

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from backend.clients.fleet import LIBRARIES, Session, open_session
 from backend.clients.relay import NatRelay
 from backend.clients.transfer import ConnectionEndedError, Move, StatelessResetError, Transfer, slow_body
+from backend.demo.place import StageError
 from backend.demo.report import Report, Row
-from backend.demo.stage import SERVICE, Balancer, Metrics, Server, Stage, StageError
+from backend.demo.stage import SERVICE, Balancer, Metrics, Server, Stage
 from lb.address import Address
 
 # Ours.
@@ -25,6 +26,7 @@ AT_ONCE = 6  # handshakes
 DOWNLOAD = 6_000_000  # octets
 ENOUGH = 20  # octets of a slow download, after about half a second: it is on its way
 FREEZE = 1.0  # seconds; less than the hold-off
+WHILE_DEAD = 20  # datagrams, about a second's
 PROMPT = 0.25  # seconds for a round trip on loopback and the client's next PING, on a busy machine
 NOTICEABLE = 1.0  # seconds; a line comes every 50 ms
 STEP_TIMEOUT = 40.0  # seconds
@@ -146,6 +148,7 @@ async def nat_rebinding(scene: Scene) -> str:
 
 async def migration(scene: Scene) -> str:
     """A client goes on from another address, under another connection ID."""
+    here, there = scene.stage.place.clients
 
     async def migrate(stack: str) -> str:
         if stack not in LIBRARIES:
@@ -153,12 +156,12 @@ async def migration(scene: Scene) -> str:
                 scene.say(f"{stack}: migrates by itself, 0.6 s after its handshake")
                 _expect(await session.transfers[0].complete(), slow_body(2), "body")
             return stack
-        async with await LIBRARIES[stack].connect(scene.one.address, local="127.0.0.1") as client:
+        async with await LIBRARIES[stack].connect(scene.one.address, local=here) as client:
             before = await client.whoami()
             transfer = client.begin("/slow/2")
             await transfer.reached(ENOUGH)
             old = client.local
-            await client.migrate("127.0.0.2")
+            await client.migrate(there)
             scene.say(f"{stack}: moves from {old} to {client.local}")
             _expect(await transfer.complete(), slow_body(2), "body")
             after = await client.whoami()
@@ -169,13 +172,13 @@ async def migration(scene: Scene) -> str:
         return stack
 
     played = await asyncio.gather(*(migrate(stack) for stack in scene.stacks))
-    return f"new address, new connection ID, same backend, nothing lost ({', '.join(played)})"
+    return f"{here} to {there}, new connection ID, same backend, nothing lost ({', '.join(played)})"
 
 
 async def family_change(scene: Scene) -> str:
     """What the balancer sees of a client moves from IPv6 to IPv4, as behind a NAT64."""
     if scene.one.address_v6 is None:
-        raise SkippedError("there is no ::1 here")
+        raise SkippedError("there is no IPv6 here")
 
     async with _through_relays(scene, scene.one.address_v6, "/slow/2") as guests:
         await _on_their_way(guests)
@@ -189,7 +192,12 @@ async def family_change(scene: Scene) -> str:
 
 
 async def balancer_killed(scene: Scene) -> str:
-    """The balancer dies and comes back; the clients only listen meanwhile."""
+    """The balancer dies and comes back. What that does to clients depends on what moves packets."""
+    return await (_only_the_process_killed if scene.stage.play.xdp else _the_data_path_killed)(scene)
+
+
+async def _the_data_path_killed(scene: Scene) -> str:
+    """No packet moves meanwhile, and afterwards the clients only listen: who they are is in a file."""
     async with _through_relays(scene, scene.one.address, "/slow/4") as guests:
         await _on_their_way(guests)
         for guest in guests:
@@ -215,16 +223,51 @@ async def balancer_killed(scene: Scene) -> str:
         )
 
 
+async def _only_the_process_killed(scene: Scene) -> str:
+    """The program in the kernel goes on: with the downloads, and with connections that nobody has told it of."""
+    async with _through_relays(scene, scene.one.address, "/slow/4") as guests:
+        await _on_their_way(guests)
+        counted = (await scene.one.metrics()).value("quiclb_datagrams_total")
+        killed = await scene.one.child.kill()
+        scene.say("SIGKILL to the balancer, which is not started again for now")
+        await asyncio.gather(*(guest.relay.relayed_down(WHILE_DEAD) for guest in guests))
+        scene.say(f"each client has got {WHILE_DEAD} more datagrams {_ms(time.time() - killed)} after the kill")
+        for stack in scene.stacks:
+            async with _session(stack, scene.one.address, "/whoami") as session:
+                scene.say(f"{stack}: a new connection, to backend {(await _whoami(session))['name']}")
+        if scene.one.child.is_running:
+            raise StepFailedError("the balancer is running, which nobody has started")
+        dead_for = time.time() - killed
+        await scene.stage.run(scene.one)
+        again = (await scene.one.metrics()).value("quiclb_datagrams_total")
+        scene.say(f"started again {_ms(dead_for)} after the kill: {counted:,.0f} datagrams counted before,")
+        scene.say(f"and {again:,.0f} now, those among them that went by while there was no process to count them")
+        if again <= counted:
+            raise StepFailedError(f"it counts {again:.0f} datagrams: expected more than {counted:.0f}")
+        async with scene.watching((guest.stack, guest.transfer) for guest in guests):
+            await _expect_bodies(guests, slow_body(4))
+        pause = _longest_pause(guests)
+        return (
+            f"dead for {_ms(dead_for)}, and nobody noticed: downloads went on, longest pause {pause}, and new "
+            f"connections came about ({_names(guests)})"
+        )
+
+
 async def takeover(scene: Scene) -> str:
     """Another balancer, which has never heard of a connection, gets its packets."""
     before = (await scene.two.metrics()).value("quiclb_moves_total")
     async with _through_relays(scene, scene.one.address, "/slow/2") as guests:
         await _on_their_way(guests)
-        for guest in guests:
-            await guest.move(scene.two.address)
-        scene.say(f"the network sends all clients to the second balancer, {scene.two.address}")
-        async with scene.watching((guest.stack, guest.transfer) for guest in guests):
-            await _expect_bodies(guests, slow_body(2))
+        with scene.stage.place.rerouted("two") as by_route:
+            for guest in guests:
+                if by_route:
+                    guest.session.speak()
+                else:
+                    await guest.move(scene.two.address)
+            how = "by another route" if by_route else f"at {scene.two.address}"
+            scene.say(f"the network sends all clients to the second balancer, {how}")
+            async with scene.watching((guest.stack, guest.transfer) for guest in guests):
+                await _expect_bodies(guests, slow_body(2))
         moved = (await scene.two.metrics()).value("quiclb_moves_total") - before
         if moved < len(guests):
             raise StepFailedError(f"the second balancer counts {moved:.0f} moves: expected {len(guests)}")
@@ -350,7 +393,7 @@ async def closing_figures(scene: Scene) -> list[str]:
 STEPS = (
     Step("many connections spread over the backends", spread),
     Step("NAT rebinding in mid-download", nat_rebinding),
-    Step("active migration, 127.0.0.1 to 127.0.0.2, with a new connection ID", migration),
+    Step("active migration to another address, with a new connection ID", migration),
     Step("a move from IPv6 to IPv4 in mid-download", family_change),
     Step("balancer killed (SIGKILL) and restarted in mid-download", balancer_killed),
     Step("a second balancer takes live connections over", takeover),

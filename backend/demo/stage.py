@@ -10,15 +10,14 @@ import collections
 import contextlib
 import json
 import os
-import random
 import secrets
 import signal
-import socket
 import sys
 import tempfile
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from backend.clients.process import DIES_WITH_US
+from backend.demo.lan import Xdp, lan
+from backend.demo.place import Front, Loopback, Place, StageError
 from lb.address import Address
 from lb.cid import KEY_LENGTH, CidConfig, ConfigId, ServerId
 from lb.reset import RESET_KEY_LENGTH, server_reset_key
@@ -40,11 +41,6 @@ STOP_TIMEOUT = 5.0  # seconds
 EVENT_TIMEOUT = 10.0  # seconds
 GROUP_POLL = 0.005  # seconds from one look at a process group to the next
 TAIL = 12  # lines of a dead process's log that are worth showing
-LOWEST_PORT = 10_000
-
-
-class StageError(Exception):
-    """A process of the stage did not do what it is there for; says which, and its last words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +63,12 @@ class Child:
         self._readers: list[asyncio.Task[None]] = []
         self._tail: collections.deque[str] = collections.deque(maxlen=TAIL)
         self._changed = asyncio.Event()
-        self.ready: Address | None = None  # from `ready ADDRESS:PORT` on standard output
+        self.ready: tuple[Address, ...] = ()  # from `ready ADDRESS:PORT ...` on standard output
         self.events: list[LogEvent] = []
 
     async def start(self, *options: str) -> None:
         """Start it, with more options than it always has."""
-        self.ready = None
+        self.ready = ()
         self._process = process = await asyncio.create_subprocess_exec(
             *DIES_WITH_US,
             *self._command,
@@ -88,12 +84,16 @@ class Child:
             asyncio.create_task(self._read_log(process)),
         ]
 
-    async def is_ready(self) -> Address:
-        """Wait for its `ready` line. Raises StageError if it ends before."""
-        await self._until(lambda: self.ready is not None, START_TIMEOUT, "to be ready")
-        if self.ready is None:
-            raise StageError(f"{self.name}: not ready")
+    async def is_ready(self) -> tuple[Address, ...]:
+        """Wait for its `ready` line, and say what it says. Raises StageError if it ends before."""
+        await self._until(lambda: bool(self.ready), START_TIMEOUT, "to be ready")
         return self.ready
+
+    async def succeeds(self) -> None:
+        """Wait for its end. Raises StageError if that is a failure."""
+        await self._reap()
+        if self._process is not None and self._process.returncode:
+            raise StageError(f"{self.name} failed:\n{self.last_words()}")
 
     async def logged(self, name: str, since: float = 0.0, *, within: float = EVENT_TIMEOUT, **fields: str) -> LogEvent:
         """Wait for an event that has these fields, logged at `since` or later. Raises StageError if none comes."""
@@ -165,7 +165,7 @@ class Child:
         async for line in _lines(process.stdout):
             word, _, rest = line.partition(" ")
             if word == "ready":
-                self.ready = Address.parse(rest.split()[0])
+                self.ready = tuple(map(Address.parse, rest.split()))
             self._changed.set()
         self._changed.set()
 
@@ -209,22 +209,45 @@ class Server:
     name: str
     server_id: ServerId
     child: Child
-    address: Address  # with port 0, any, until it has one
+    listens: tuple[Address, ...]  # with port 0, any, until it has one
+
+    @property
+    def address(self) -> Address:
+        return self.listens[0]
+
+    def address_for(self, client_side: Sequence[Address], *, same_family: bool) -> Address:
+        """What a balancer that listens on `client_side` is to know it by."""
+        families = {address.is_ipv6 for address in client_side}
+        return next(each for each in self.listens if not same_family or each.is_ipv6 in families)
 
 
 @dataclass(slots=True)
 class Balancer:
-    """A balancer: where clients send to, by IPv4 and by IPv6, and where its metrics are."""
+    """A balancer, at its place."""
 
     name: str
-    address: Address
-    address_v6: Address | None
-    admin: Address
+    front: Front
     child: Child
+    place: Place
+
+    @property
+    def address(self) -> Address:
+        """Where clients send to."""
+        return self.front.listen[0]
+
+    @property
+    def address_v6(self) -> Address | None:
+        return next((address for address in self.front.listen if address.is_ipv6), None)
 
     async def metrics(self) -> Metrics:
         """Raises OSError if it does not answer."""
-        return Metrics(await asyncio.to_thread(_fetch, f"http://{self.admin}/metrics"))
+        return Metrics(await asyncio.to_thread(self._fetch))
+
+    def _fetch(self) -> str:
+        url = f"http://{self.front.admin}/metrics"
+        with self.place.inside(self.name), urllib.request.urlopen(url, timeout=5.0) as response:
+            text: str = response.read().decode()
+        return text
 
 
 class Metrics:
@@ -247,18 +270,20 @@ class Play:
     push: bool = True
     workers: int = 1
     retry: bool = False
-    host: str = "127.0.0.1"  # the address that clients send to, besides ::1
+    host: str = "127.0.0.1"  # the address that clients send to, besides ::1; not with `xdp`
+    xdp: Xdp | None = None
     health: Mapping[str, Any] = field(
         default_factory=lambda: {"interval": "250ms", "timeout": "200ms", "fall": 2, "rise": 2, "silence": "300ms"}
     )
 
 
 class Stage:
-    """Everything that runs, in one directory."""
+    """Everything that runs, with its files in one directory."""
 
-    def __init__(self, directory: Path, play: Play) -> None:
+    def __init__(self, directory: Path, play: Play, place: Place) -> None:
         self.directory = directory
         self.play = play
+        self.place = place
         self.servers: dict[str, Server] = {}
         self.balancers: dict[str, Balancer] = {}
         cid_key = secrets.token_bytes(KEY_LENGTH)
@@ -266,6 +291,11 @@ class Stage:
         self._reset_key = secrets.token_bytes(RESET_KEY_LENGTH)
         self._write_secret("cid.key", cid_key)
         self._write_secret("reset.key", self._reset_key)
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        """Their names."""
+        return (SERVICE, f"{SERVICE}-v6") if self.place.splits_families else (SERVICE,)
 
     async def start_backends(self) -> None:
         """Start all backends at once and wait until they listen."""
@@ -280,56 +310,36 @@ class Stage:
                 "nonce-file": f"{name}.nonces",
             }
             path = self._write_config(f"{name}.yaml", config)
-            # The last one has an IPv6 address: what family a client has is not its backend's concern.
-            host = "::1" if has_ipv6() and i == len(self.play.backends) - 1 else "127.0.0.1"
-            command = [*_PYTHON, "backend", "--server-config", str(path)]
+            command = ["backend", "--server-config", str(path)]
             command += ["--retry"] if self.play.retry else []
-            child = Child(f"backend {name}", command, self.directory / f"{name}.log")
-            self.servers[name] = Server(name, server_id, child, Address(host, 0))
-        await asyncio.gather(*(self.restart(server) for server in self.servers.values()))
+            child = self._child(f"backend {name}", name, command)
+            self.servers[name] = Server(name, server_id, child, self.place.listens(name))
+        starting = [self._start_backend(server) for server in self.servers.values()]
+        for outcome in await asyncio.gather(*starting, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
 
     async def restart(self, server: Server) -> None:
         """Start a backend, the first time or again: then where it was before."""
-        await server.child.start("--listen", str(server.address))
-        server.address = await server.child.is_ready()
+        await server.child.start(*(word for each in server.listens for word in ("--listen", str(each))))
+        server.listens = await server.child.is_ready()
 
     async def start_balancer(self, name: str = "one") -> Balancer:
-        """Start a balancer with the configuration that all of them share, on ports of its own."""
-        port, admin_port = free_ports(2)
-        listen = [Address(self.play.host, port)] + ([Address("::1", port)] if has_ipv6() else [])
-        admin = Address("127.0.0.1", admin_port)
-        service = {
-            "name": SERVICE,
-            "listen": [str(address) for address in listen],
-            "cid-configs": [{**_CID_CONFIG, "reset-key-file": "reset.key"}],
-            "backends": [
-                {
-                    "name": server.name,
-                    "address": str(server.address),
-                    "server-ids": {str(CONFIG_ID): [server.server_id.hex()]},
-                }
-                for server in self.servers.values()
-            ],
-            "seed": "the same everywhere",
-            "health": self.play.health,
-            "resets": {"hold-off": f"{round(self.play.hold_off * 1000)}ms", "push": self.play.push},
-        }
-        config = {
-            "engine": "udp",
-            "workers": self.play.workers,
-            "runtime-directory": f"run-{name}",
-            "admin": str(admin),
-            "log": {"format": "json"},
-            "services": [service],
-        }
+        """Start a balancer with the configuration that all of them share, at a place of its own."""
+        front = self.place.front(name)
         (self.directory / f"run-{name}").mkdir(mode=0o700)
-        path = self._write_config(f"balancer-{name}.yaml", config)
-        log_path = self.directory / f"balancer-{name}.log"
-        child = Child(f"balancer {name}", [*_PYTHON, "lb", "run", "-c", str(path)], log_path)
-        balancer = Balancer(name, listen[0], listen[1] if len(listen) > 1 else None, admin, child)
-        self.balancers[name] = balancer
+        path = self._configure(name, front)
+        child = self._child(f"balancer {name}", name, ["lb", "run", "-c", str(path)])
+        balancer = self.balancers[name] = Balancer(name, front, child, self.place)
         await self.run(balancer)
         return balancer
+
+    async def reload(self, balancer: Balancer, *more: Mapping[str, Any]) -> None:
+        """Have a balancer read its file again, with `more` services than this stage has by itself."""
+        since = time.time()
+        self._configure(balancer.name, balancer.front, *more)
+        balancer.child.signal(signal.SIGHUP)
+        await balancer.child.logged("reloaded", since)
 
     async def run(self, balancer: Balancer) -> LogEvent:
         """Start a balancer, the first time or again, and wait until it balances."""
@@ -342,6 +352,51 @@ class Stage:
         children = [balancer.child for balancer in self.balancers.values()]
         children += [server.child for server in self.servers.values()]
         await asyncio.gather(*(child.stop() for child in children))
+
+    async def _start_backend(self, server: Server) -> None:
+        if preparation := self.place.preparation(server.name):
+            preparing = self._child(f"preparation of {server.name}", server.name, preparation)
+            await preparing.start()
+            await preparing.succeeds()
+        await self.restart(server)
+
+    def _configure(self, name: str, front: Front, *more: Mapping[str, Any]) -> Path:
+        config = {
+            **front.keys,
+            "runtime-directory": f"run-{name}",
+            "admin": str(front.admin),
+            "log": {"format": "json"},
+            "services": [*self._services(front.listen), *more],
+        }
+        return self._write_config(f"balancer-{name}.yaml", config)
+
+    def _services(self, listen: Sequence[Address]) -> list[dict[str, Any]]:
+        split = self.place.splits_families
+        groups = [[a for a in listen if not a.is_ipv6], [a for a in listen if a.is_ipv6]] if split else [listen]
+        return [
+            {
+                "name": name,
+                "listen": [str(address) for address in group],
+                "cid-configs": [{**_CID_CONFIG, "reset-key-file": "reset.key"}],
+                "backends": [
+                    {
+                        "name": server.name,
+                        "address": str(server.address_for(group, same_family=split)),
+                        "server-ids": {str(CONFIG_ID): [server.server_id.hex()]},
+                    }
+                    for server in self.servers.values()
+                ],
+                "seed": "the same everywhere",
+                "health": self.play.health,
+                "resets": {"hold-off": f"{round(self.play.hold_off * 1000)}ms", "push": self.play.push},
+            }
+            for name, group in zip(self.services, groups, strict=True)
+        ]
+
+    def _child(self, name: str, machine: str, module: Sequence[str]) -> Child:
+        """A process to be, of one of our modules, on a machine."""
+        command = [*self.place.entering(machine), sys.executable, "-u", "-m", *module]
+        return Child(name, command, self.directory / f"{name.replace(' ', '-')}.log")
 
     def _write_secret(self, name: str, octets: bytes) -> None:
         with open(os.open(self.directory / name, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as file:
@@ -356,8 +411,8 @@ class Stage:
 @contextlib.asynccontextmanager
 async def stage(play: Play, balancers: Sequence[str] = ("one",)) -> AsyncIterator[Stage]:
     """A stage with its backends and balancers running, which leaves nothing behind."""
-    with tempfile.TemporaryDirectory(prefix="quiclb-") as directory:
-        made = Stage(Path(directory), play)
+    with tempfile.TemporaryDirectory(prefix="quiclb-") as directory, _place(play, Path(directory), balancers) as place:
+        made = Stage(Path(directory), play, place)
         try:
             await made.start_backends()
             for name in balancers:
@@ -367,49 +422,10 @@ async def stage(play: Play, balancers: Sequence[str] = ("one",)) -> AsyncIterato
             await made.stop()
 
 
-def has_ipv6() -> bool:
-    """Whether ::1 is there."""
-    try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses on loopback, by UDP or TCP, and that the kernel gives to nobody who does not ask.
-
-    Outside its range of ephemeral ports no client can take one away while a balancer is being restarted.
-    """
-    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    candidates = list(range(LOWEST_PORT, max(low, LOWEST_PORT + 1000)))
-    random.SystemRandom().shuffle(candidates)
-    found: list[int] = []
-    for port in candidates:
-        if _is_free(port):
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise StageError(f"fewer than {count} ports free on loopback")
-
-
-def _is_free(port: int) -> bool:
-    families = [(socket.AF_INET, "127.0.0.1")] + ([(socket.AF_INET6, "::1")] if has_ipv6() else [])
-    try:
-        for family, host in families:
-            for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
-                with socket.socket(family, kind) as sock:
-                    sock.bind((host, port))
-    except OSError:
-        return False
-    return True
-
-
-def _fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=5.0) as response:  # noqa: S310 - our own http: URL
-        text: str = response.read().decode()
-    return text
+def _place(play: Play, directory: Path, balancers: Sequence[str]) -> AbstractContextManager[Place]:
+    if play.xdp is not None:
+        return lan(play.xdp, directory, balancers, play.backends)
+    return contextlib.nullcontext(Loopback(play.host, play.backends, {"engine": "udp", "workers": play.workers}))
 
 
 async def _end_group(number: int) -> None:
@@ -434,4 +450,3 @@ _CID_CONFIG = {
     "nonce-length": NONCE_LENGTH,
     "key-file": "cid.key",
 }
-_PYTHON = (sys.executable, "-u", "-m")

@@ -13,7 +13,8 @@ from backend.clients.aioquic_client import AioquicClient
 from backend.clients.fleet import LIBRARIES
 from backend.clients.relay import NatRelay
 from backend.clients.transfer import ConnectionEndedError, StatelessResetError, Transfer, slow_body
-from backend.demo.stage import LOWEST_PORT, Play, Stage, free_ports
+from backend.demo.place import LOWEST_PORT, free_ports
+from backend.demo.stage import Play, Stage
 from lb.address import Address
 from lb.reset import reset_datagram
 from tests.e2e.theatre import Theatre, perform

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 
 from backend.clients.process import DIES_WITH_US
-from backend.demo.__main__ import EXIT_USAGE
+from backend.demo import lan, namespaces
+from backend.demo.__main__ import EXIT_FAILED, EXIT_USAGE
+from backend.demo.place import Loopback, StageError
 from backend.demo.report import MAX_WIDTH, Report, Row
 from backend.demo.scenario import Scene, SkippedError, Step, StepFailedError, play
-from backend.demo.stage import LogEvent, Metrics, Play, Stage, StageError
+from backend.demo.stage import LogEvent, Metrics, Play, Stage
 from tests.e2e.theatre import perform
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +91,7 @@ def test_a_step_that_fails_is_a_row_and_the_next_one_is_played(tmp_path: Path, m
         ),
     )
     report = Report(io.StringIO(), {})
-    asyncio.run(play(Scene(Stage(tmp_path, Play()), report, ["aioquic"])))
+    asyncio.run(play(Scene(Stage(tmp_path, Play(), Loopback("127.0.0.1", ("a",), {})), report, ["aioquic"])))
 
     assert played == ["one", "two", "three", "four"]
     assert [(row.title, row.saw, row.passed) for row in report.rows] == [
@@ -121,6 +123,18 @@ def test_a_client_that_cannot_be_used_is_a_mistake(option: str, reason: str) -> 
     assert (ended.returncode, reason in ended.stderr) == (EXIT_USAGE, True)
 
 
+def test_without_root_there_is_no_xdp_engine_to_demonstrate_and_it_says_so() -> None:
+    program = "import os, sys; from backend.demo.__main__ import main; "
+    program += "os.geteuid() or os.seteuid(65534); sys.exit(main(['--engine', 'xdp']))"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=30
+    )
+    assert (ended.returncode, ended.stderr) == (EXIT_FAILED, "")
+    assert "cannot go on: the xdp engine's stage cannot be set: network namespaces need root" in " ".join(
+        ended.stdout.split()
+    )
+
+
 @pytest.mark.e2e
 def test_a_process_that_ends_when_it_should_run_is_an_error_with_its_last_words() -> None:
     async def scene(stage: Stage) -> None:
@@ -148,6 +162,27 @@ def test_a_stage_leaves_no_process_and_no_file_behind() -> None:
         with pytest.raises(ProcessLookupError):
             os.killpg(pid, 0)
     assert not left["directory"].exists()
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(bool(lan.missing()), reason=str(lan.missing()))
+def test_a_stage_of_namespaces_leaves_none_of_them_and_nothing_mounted() -> None:
+    left: dict[str, Any] = {}
+
+    async def scene(stage: Stage) -> None:
+        assert isinstance(stage.place, lan.Lan)
+        left["namespaces"] = {namespaces.HOME / name for name in stage.place.names}
+        left["pins"] = stage.place.pins
+        assert {path for path in left["namespaces"] if path.exists()} == left["namespaces"]
+        assert list((stage.place.pins / "one").iterdir())
+        await stage.balancers["one"].child.kill()  # it cannot even let go of the interface
+
+    before = os.readlink("/proc/thread-self/ns/net")
+    perform(scene, Play(backends=("a",), xdp=lan.Xdp()))
+    assert os.readlink("/proc/thread-self/ns/net") == before
+    assert {path for path in left["namespaces"] if path.exists()} == set()
+    assert str(left["pins"]) not in Path("/proc/self/mounts").read_text()
+    assert not left["pins"].exists()
 
 
 def test_metrics_are_summed_over_the_labels_that_are_not_given() -> None:

@@ -11,7 +11,8 @@ from backend.clients.fleet import LIBRARIES, open_session
 from backend.clients.gtlsclient import GtlsClient
 from backend.clients.relay import NatRelay
 from backend.clients.transfer import Move, slow_body
-from backend.demo.stage import Stage, has_ipv6
+from backend.demo.place import has_ipv6
+from backend.demo.stage import Stage
 from lb.cid import Codec
 from tests.e2e.theatre import Theatre, divert, moves, session, whoami
 

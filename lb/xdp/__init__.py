@@ -1,0 +1,1 @@
+"""The xdp engine: one BPF program, and what fills its maps."""
