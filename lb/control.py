@@ -117,7 +117,7 @@ class Balancer:
         self._stale = asyncio.Event()
         self._changing = asyncio.Lock()
         self._tables: dict[str, RoutingTable] = {}
-        self._unreachable: set[tuple[str, str]] = set()  # service and backend
+        self._unreachable: dict[tuple[str, str], str] = {}  # service and backend to the reason
         self._health = HealthMonitor(config.services, self._on_health)
         self._engine = self._make_engine()
 
@@ -177,8 +177,6 @@ class Balancer:
                 return False
             self._config = config
             self._health.update(config.services)
-            # Whoever has left may come back another one; the engine would not say that it can be reached.
-            self._unreachable &= {(s.service.name, b.name) for s in config.services for b in s.service.backends}
             self._reloads["ok"] += 1
             self._reloaded_at = time.time()
             event(logger, logging.INFO, "reloaded", config=self._path)
@@ -227,6 +225,7 @@ class Balancer:
 
     async def _build(self, services: Sequence[ServiceConfig]) -> dict[str, RoutingTable]:
         """Tables from configuration and health. A new ring takes a while: not on the loop that moves packets."""
+        await self._look_around(services)
         loop = asyncio.get_running_loop()
         tables = {}
         for config in services:
@@ -246,15 +245,19 @@ class Balancer:
         out_of_reach = (name for known, name in self._unreachable if known == service.name)
         return self._health.states(service.name) | dict.fromkeys(out_of_reach, BackendState.DOWN)
 
-    def _on_reachable(self, service: str, backend: str, is_reachable: bool) -> None:
-        who = {"service": service, "backend": backend}
-        if is_reachable:
-            self._unreachable.discard((service, backend))
-            event(logger, logging.INFO, "backend-reachable", **who)
-        else:
-            self._unreachable.add((service, backend))
-            reason = cast("XdpEngine", self._engine).why_unreachable(service, backend)
-            event(logger, logging.WARNING, "backend-unreachable", **who, reason=reason)
+    async def _look_around(self, services: Sequence[ServiceConfig]) -> None:
+        """Ask the engine whom it cannot send to, newcomers among them: they are to be DOWN from the beginning."""
+        if self._config.engine != "xdp":
+            return
+        hosts = {(s.service.name, b.name): b.address.host for s in services for b in s.service.backends}
+        before, self._unreachable = self._unreachable, await cast("XdpEngine", self._engine).unreachable(hosts)
+        for (service, backend), reason in self._unreachable.items():
+            if (service, backend) not in before:
+                event(logger, logging.WARNING, "backend-unreachable", service=service, backend=backend, reason=reason)
+        for service, backend in hosts.keys() & before.keys() - self._unreachable.keys():
+            event(logger, logging.INFO, "backend-reachable", service=service, backend=backend)
+
+    def _on_reachable(self, _service: str, _backend: str, _is_reachable: bool) -> None:
         self._stale.set()
 
     def _on_health(self, _service: str) -> None:

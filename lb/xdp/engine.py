@@ -86,12 +86,19 @@ class XdpEngine:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._looking
         if self._thread is not None:
-            await self._do(self._plane.close)
-            self._thread.shutdown()
+            try:
+                await self._do(self._plane.close)
+            finally:
+                self._thread.shutdown()
 
-    def why_unreachable(self, service: str, backend: str) -> str:
-        """What to tell people when `on_reachable` has said that a backend is not."""
-        return self._plane.why_unreachable(service, backend)
+    async def unreachable(self, backends: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], str]:
+        """Those of these backends, whether in tables or not yet, that packets cannot be sent to, and why.
+
+        `backends` are hosts, by service and name. Nobody is unreachable before the start.
+        """
+        if self._thread is None:
+            return {}
+        return await self._do(lambda: self._plane.unreachable(backends, self._now()))
 
     @property
     def attach_mode(self) -> str:

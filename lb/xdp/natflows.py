@@ -29,9 +29,7 @@ class NatFlows:
     Times are in seconds, of any clock that only goes forward.
     """
 
-    def __init__(self, out: Map, back: Map, *, idle_timeout: float, new_flow_timeout: float) -> None:
-        self._out = out
-        self._back = back
+    def __init__(self, *, idle_timeout: float, new_flow_timeout: float) -> None:
         self._idle_timeout = idle_timeout
         self._new_flow_timeout = new_flow_timeout
         self._looks: dict[bytes, _Look] = {}  # by key of `nat_out`
@@ -39,6 +37,11 @@ class NatFlows:
         self.count = 0  # flows, at the last whole sweep
         self.expired = 0
         self.orphans = 0  # halves whose other half was evicted
+
+    def move_to(self, out: Map, back: Map) -> None:
+        """Look into these maps from now on: before anything else, and when another program has taken the flows over."""
+        self._out, self._back = out, back
+        self._sweep = None
 
     def step(self, now: float) -> None:
         """Look at some thousand entries, and after the last one begin again."""

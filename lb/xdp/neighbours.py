@@ -111,6 +111,9 @@ class Neighbours:
             interface = read_interface(self._name, self._queries)
         except OSError:
             interface = self.interface._replace(is_up=False)
+        if interface.index != self.interface.index:  # another one: whom the old one knew says nothing
+            self._macs.clear()
+            self._failed.clear()
         if interface != self.interface:
             self.interface = interface
         hosts = sorted(self._hosts)

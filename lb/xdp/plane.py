@@ -27,7 +27,7 @@ from lb.xdp.attachment import Attachment
 from lb.xdp.counting import read_backends, read_counters
 from lb.xdp.difference import difference, overfull
 from lb.xdp.farewell import Farewell, Farewells
-from lb.xdp.image import Image, NextHop, Surroundings, next_generation, render
+from lb.xdp.image import Image, Surroundings, next_generation, render
 from lb.xdp.interface import Interface
 from lb.xdp.layout import Settings
 from lb.xdp.libbpf import Map, possible_cpus
@@ -40,6 +40,7 @@ from lb.xdp.watch import Watch
 # Ours.
 START_PATIENCE = 2.0  # seconds that a start waits for next hops
 APPLY_PATIENCE = 0.3  # and a change that brings new backends
+REBUILD_INTERVAL = 1.0  # between attempts to load a program that fits a changed interface
 BACKEND_SLOTS = 16384  # at least: a reload may bring more backends than there were
 MAX_BACKENDS = 65535  # a ring's entries are 16 bits, and one of them means nobody
 NO_ADDRESS = bytes(16)
@@ -107,6 +108,9 @@ class Plane:
         self._watch = Watch()
         self._farewells: dict[str, Farewells] = {}
         self._pushed: dict[str, int] = {}
+        self._flows = NatFlows(idle_timeout=settings.idle_timeout, new_flow_timeout=settings.new_flow_timeout)
+        self._has_news = False  # of next hops, and the maps do not have them yet
+        self._rebuilt_at = float("-inf")
         self._open: list[Callable[[], None]] = []  # what is to be closed, last first
 
     def start(self, tables: Sequence[RoutingTable], policies: Mapping[str, ServicePolicy], now: float) -> None:
@@ -162,9 +166,10 @@ class Plane:
 
     def close(self) -> None:
         """Let go. What is attached stays."""
-        for close in reversed(self._open):
-            close()
-        self._open.clear()
+        with contextlib.ExitStack() as closing:
+            for close in self._open:
+                closing.callback(close)
+            self._open = []
 
     def apply(self, tables: Sequence[RoutingTable], policies: Mapping[str, ServicePolicy], now: float) -> None:
         """Write what changed. Raises OSError, and then what was there before is still obeyed."""
@@ -182,19 +187,31 @@ class Plane:
 
     def look(self, now: float) -> Look:
         """What is to be done every now and then."""
-        if self._neighbours.follow(now):
-            self._follow_interface()
-            self._write(self._tables, self._policies)
         if self._settings.forward is Forward.NAT:
             self._flows.step(now)
         self._push(now)
+        self._has_news |= self._neighbours.follow(now)
+        # What is new of the interface may have come while somebody waited for a next hop.
+        self._has_news |= self._follow_interface(now)
+        if self._has_news:
+            self._write(self._tables, self._policies)
+            self._has_news = False
         return Look(self._suspects(now), self._news_of_reachable())
 
-    def why_unreachable(self, service: str, backend: str) -> str:
-        """Why packets cannot be sent to a backend; for any thread."""
-        reasons = self._neighbours.reasons
-        hosts = {(table.service.name, b.name): b.address.host for table in self._tables for b in table.backends}
-        return reasons.get(hosts.get((service, backend), ""), "its next hop is not known")
+    def unreachable(self, backends: Mapping[tuple[str, str], str], now: float) -> dict[tuple[str, str], str]:
+        """Those of these backends that packets cannot be sent to, and why. Newcomers get a moment to be found.
+
+        `backends` are hosts, by service and name.
+        """
+        hosts, known = set(backends.values()), _hosts(self._tables)
+        if hosts - known:
+            self._neighbours.set_hosts(hosts | known, now)
+            self._neighbours.wait(APPLY_PATIENCE, now)
+            self._write(self._tables, self._policies)  # what others' next hops have become meanwhile
+        hops, reasons = self._neighbours.hops, self._neighbours.reasons
+        return {
+            who: reasons.get(host, "its next hop is not known") for who, host in backends.items() if host not in hops
+        }
 
     def counters(self) -> Counters:
         counters = read_counters(self._loaded.maps, self._image.allocation)
@@ -215,14 +232,15 @@ class Plane:
         while slots < min(2 * backends, MAX_BACKENDS):
             slots *= 2
         flows = settings.flows if settings.forward is Forward.NAT else 1
-        sizes = dict.fromkeys(("backends", "backend_count", "backend_names"), slots)
-        sizes |= dict.fromkeys(("nat_out", "nat_in"), flows) | {"flows": settings.table_entries}
+        self._sizes = dict.fromkeys(("backends", "backend_count", "backend_names"), slots)
+        self._sizes |= dict.fromkeys(("nat_out", "nat_in"), flows) | {"flows": settings.table_entries}
         try:
-            self._use(load_program(self._program_settings(), sizes, found))
+            loaded = load_program(self._program_settings(), self._sizes, found)
         finally:
             for one in found.values():
                 one.close()
-        self._image = self._maps.read()
+        self._use(loaded, Tables(loaded.maps))
+        self._image, self._built_for = self._maps.read(), self._facts()
         if predecessor and not self._loaded.reused:
             event(
                 logger,
@@ -233,42 +251,55 @@ class Plane:
                 meaning="flows and counters begin anew",
             )
 
-    def _use(self, loaded: LoadedProgram) -> None:
-        self._loaded = loaded
-        self._maps = Tables(loaded.maps)
-        self._open += [loaded.close, self._maps.close]
-        self._flows = NatFlows(
-            loaded.maps["nat_out"],
-            loaded.maps["nat_in"],
-            idle_timeout=self._settings.idle_timeout,
-            new_flow_timeout=self._settings.new_flow_timeout,
-        )
+    def _use(self, loaded: LoadedProgram, tables: Tables) -> None:
+        self._loaded, self._maps = loaded, tables
+        self._open += [loaded.close, tables.close]
+        self._flows.move_to(loaded.maps["nat_out"], loaded.maps["nat_in"])
+
+    def _facts(self) -> tuple[object, ...]:
+        """What the program is built for, the interface's index first."""
+        interface = self._neighbours.interface
+        return interface.index, interface.mac, interface.mtu, self._settings.sources(interface)
 
     def _program_settings(self) -> Settings:
-        interface = self._neighbours.interface
-        self._built_for = interface.mac, interface.mtu, self._settings.sources(interface)
-        return self._settings.of_program(interface, self._random)
+        return self._settings.of_program(self._neighbours.interface, self._random)
 
-    def _follow_interface(self) -> None:
-        """The program knows its interface's addresses by heart. If they have changed, another one takes its place."""
-        interface = self._neighbours.interface
-        if self._built_for == (interface.mac, interface.mtu, self._settings.sources(interface)):
-            return
-        if not interface.is_up:
-            return  # it may be gone: there is nothing to be attached to
-        before = self._loaded, self._maps
-        loaded = load_program(self._program_settings(), {}, before[0].maps)
+    def _follow_interface(self, now: float) -> bool:
+        """The program knows its interface by heart. If that has changed, or is another one, a new program is needed.
+
+        Returns whether there is one.
+        """
+        interface, facts = self._neighbours.interface, self._facts()
+        if facts == self._built_for or not interface.is_up or now - self._rebuilt_at < REBUILD_INTERVAL:
+            return False
+        self._rebuilt_at = now
+        settings, maps = self._settings, self._loaded.maps.values()
+        loaded = load_program(self._program_settings(), self._sizes, {one.name: one for one in maps})
+        tables = Tables(loaded.maps)
+        attachment = self._attachment
         try:
-            self._attachment.attach(loaded.program, self._settings.attach)
+            image = tables.read()
+            if interface.index != self._built_for[0]:  # of the same name, but another one
+                attachment = Attachment(settings.interface, interface.index, settings.pin_directory)
+            attachment.attach(loaded.program, settings.attach)
         except OSError:
+            if attachment is not self._attachment:
+                attachment.close()
+            tables.close()
             loaded.close()
             raise
-        self._use(loaded)
-        self._image = self._maps.read()
+        before: list[LoadedProgram | Tables | Attachment] = [self._loaded, self._maps]
+        if attachment is not self._attachment:
+            before.append(self._attachment)
+            self._attachment = attachment
+            self._open.append(attachment.close)
+        self._use(loaded, tables)
+        self._image, self._built_for = image, facts
         for one in before:
             self._open.remove(one.close)
             one.close()
         event(logger, logging.INFO, "interface-changed", interface=interface.name, mac=interface.mac.hex(":"))
+        return True
 
     def _write(self, tables: Sequence[RoutingTable], policies: Mapping[str, ServicePolicy]) -> None:
         around = Surroundings(
@@ -279,7 +310,7 @@ class Plane:
             cpus=possible_cpus(),
         )
         before = self._image
-        within_reach = [_within_reach(table, around.hops) for table in tables]
+        within_reach = [_within_reach(table, self._neighbours.reasons) for table in tables]
         with _no_collections():
             after = render(within_reach, around, before)
             steps = difference(before, after)
@@ -358,12 +389,14 @@ class Plane:
                 yield Farewell(slots[key.backend], local, client, datagram)
 
 
-def _within_reach(table: RoutingTable, hops: Mapping[str, NextHop]) -> RoutingTable:
-    """The table with everybody DOWN that no packet can be sent to, before anybody else has heard of it."""
+def _within_reach(table: RoutingTable, unreachable: Collection[str]) -> RoutingTable:
+    """The table with everybody DOWN on hosts that no packet can be sent to, before anybody else has heard of it."""
+    if not unreachable:
+        return table
     lost = {
         backend.name: BackendState.DOWN
         for backend, state in zip(table.backends, table.states, strict=True)
-        if state is not BackendState.DOWN and backend.address.host not in hops
+        if state is not BackendState.DOWN and backend.address.host in unreachable
     }
     if not lost:
         return table

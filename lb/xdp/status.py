@@ -120,8 +120,8 @@ def _loaded(interface: str, mode: str, program: Program, pinned: dict[int, Path]
     uses = []
     for one in program.maps().values():
         with one:
-            if one.name == SETTINGS_MAP:
-                settings = SETTINGS.unpack(next(value for _, value in one.items())[: SETTINGS.size])
+            if one.name == SETTINGS_MAP and one.value_size == SETTINGS.size:  # another version's may be otherwise
+                settings = SETTINGS.unpack(next(value for _, value in one.items()))
                 continue
             if one.name == "sampling":
                 sampling = sample.every(one)
@@ -193,7 +193,7 @@ def _lines(program: Loaded, now: float) -> Iterator[str]:
     yield what
     yield f"  program {program.id}, tag {program.tag}, loaded {_ago(now - program.loaded_at)} ago"
     yield f"  {program.verified_instructions} instructions verified, {program.jited_octets} octets of machine code"
-    yield f"  pinned at {program.pin}" if program.pin else "  not pinned: it ends with the process that loaded it"
+    yield f"  pinned at {program.pin}" if program.pin else "  no pin of it in the pin directory (--pin-directory)"
     if program.counted is not None:
         yield "  " + ", ".join(f"{name.replace('_', '-')} {count}" for name, count in program.counted.items())
     if program.sampling:

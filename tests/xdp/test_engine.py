@@ -21,6 +21,7 @@ from lb.routing import Backend, BackendState, CidSlot, RoutingTable, Service
 from lb.upstream import ServicePolicy
 from lb.xdp.attachment import Attachment
 from lb.xdp.engine import XdpEngine, XdpSettings
+from lb.xdp.libbpf import attached
 from tests import namespaces
 from tests.builders import CONFIG, RESET_KEY, cid_of, long, server_id, short
 from tests.xdp import bpf
@@ -41,16 +42,7 @@ def network() -> Iterator[tuple[str, str]]:
     with namespaces.namespaces("engine", "others") as (balancer, others):
         namespaces.sysctl(balancer, {"ipv6.conf.all.disable_ipv6": 1})
         namespaces.sysctl(others, {"ipv6.conf.all.disable_ipv6": 1})
-        namespaces.ip(balancer, f"link add e0 type veth peer name e1 netns {others}")
-        namespaces.ip(balancer, f"addr add {LOCAL}/24 dev e0", "link set e0 up")
-        namespaces.ip(
-            others,
-            *(f"addr add {host}/24 dev e1" for host in (CLIENT, *HOSTS.values())),
-            "link set e1 up",
-            f"route add {VIP.host} via {LOCAL}",
-        )
-        with namespaces.inside(others):
-            subprocess.run(["ethtool", "-K", "e1", "tx", "off"], stdout=subprocess.DEVNULL, check=True)
+        _cable(balancer, others)
         yield balancer, others
 
 
@@ -285,6 +277,46 @@ def test_the_way_to_a_backend_is_followed_when_its_mac_address_changes(scene: Sc
     asyncio.run(play())
 
 
+def test_flows_survive_a_change_of_our_own_mac_address(scene: Scene, network: tuple[str, str]) -> None:
+    async def play() -> None:
+        async with scene.running(RoutingTable.build(service("a", "b"))):
+            program = attached(socket.if_nametoindex("e0"))
+            scene.client.sendto(short(cid_of(0)), VIP)
+            _, first = await received(scene.backends["a"])
+            namespaces.ip(network[0], "link set e0 address 02:00:00:00:88:88")
+            namespaces.ip(network[1], f"neigh replace {LOCAL} lladdr 02:00:00:00:88:88 dev e1")
+            async with asyncio.timeout(PATIENCE):
+                while True:  # what arrives in between may still be sent from the old address
+                    scene.client.sendto(short(cid_of(0)), VIP)
+                    _, again = await received(scene.backends["a"])
+                    assert again == first
+                    scene.backends["a"].sendto(b"answer", again)
+                    await received(scene.client)
+                    await asyncio.sleep(0.01)  # what is there already is received without a turn of the loop
+                    if attached(socket.if_nametoindex("e0")) != program:
+                        break
+            scene.client.sendto(short(cid_of(0)), VIP)
+            assert (await received(scene.backends["a"]))[1] == first
+
+    asyncio.run(play())
+
+
+def test_an_interface_that_comes_back_as_another_one_is_taken_again(scene: Scene, network: tuple[str, str]) -> None:
+    async def play() -> None:
+        async with scene.running(RoutingTable.build(service("a", "b"))):
+            namespaces.ip(network[0], "link delete e0")
+            _cable(*network)
+            async with asyncio.timeout(PATIENCE):
+                while True:
+                    scene.client.sendto(short(cid_of(0)), VIP)
+                    with contextlib.suppress(BlockingIOError):
+                        scene.backends["a"].recv(2000)
+                        return
+                    await asyncio.sleep(0.05)
+
+    asyncio.run(play())
+
+
 def test_an_interface_that_is_not_there_is_named(network: tuple[str, str], pins: Path) -> None:
     scene = Scene(pins, network[1])
     scene.settings = XdpSettings(
@@ -304,3 +336,17 @@ def test_an_interface_that_is_not_there_is_named(network: tuple[str, str], pins:
         asyncio.run(play())
     scene.close()
     assert not pins.exists()
+
+
+def _cable(balancer: str, others: str) -> None:
+    """From one to the other, with everybody's addresses."""
+    namespaces.ip(balancer, f"link add e0 type veth peer name e1 netns {others}")
+    namespaces.ip(balancer, f"addr add {LOCAL}/24 dev e0", "link set e0 up")
+    namespaces.ip(
+        others,
+        *(f"addr add {host}/24 dev e1" for host in (CLIENT, *HOSTS.values())),
+        "link set e1 up",
+        f"route add {VIP.host} via {LOCAL}",
+    )
+    with namespaces.inside(others):
+        subprocess.run(["ethtool", "-K", "e1", "tx", "off"], stdout=subprocess.DEVNULL, check=True)

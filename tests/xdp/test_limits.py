@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections import Counter
 
@@ -11,7 +12,7 @@ from lb.engine import Drop
 from lb.forward import Forward
 from lb.router import Verdict
 from lb.xdp.layout import SAMPLE, SAMPLING, U32_KEY, Sampling
-from lb.xdp.libbpf import MapType, RingBuffer
+from lb.xdp.libbpf import MapType, RingBuffer, possible_cpus
 from tests.builders import short
 from tests.xdp.bpf import NO_LIMITS, Action, Balancer
 from tests.xdp.cases import DEAD, UNROUTABLE, WEB, A, Way, cid
@@ -281,3 +282,18 @@ def test_one_sample_in_so_many(way: Way, loaded: Loaded) -> None:
         finally:
             sample(balancer, 0)
     assert 250 < len(taken) < 600  # 400 of them, give or take 8 standard deviations
+
+
+@by_family
+@pytest.mark.usefixtures("one_cpu")
+def test_a_bucket_holds_no_more_than_a_second(way: Way, loaded: Loaded) -> None:
+    """However long nobody took anything out of it, and whatever its rate was before."""
+    balancer = ready(loaded, Forward.L2)
+    balancer.refill()
+    balancer.apply(TABLES[Forward.L2], NO_LIMITS._replace(reset_rate=4))
+    overfull = struct.pack("<QQ", 1000 * 10**9, 0) * possible_cpus()
+    balancer.maps["reset_buckets"].update(U32_KEY.pack(balancer.index(way.service)), overfull)
+    began = time.monotonic()
+    told = verdicts(balancer, way.service, [from_client(way, 0, short(cid(DEAD)), 4000 + i) for i in range(40)])
+
+    assert within(told.count(Verdict.RESET), 4, began)

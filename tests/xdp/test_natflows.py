@@ -22,7 +22,8 @@ class Flows:
     def __init__(self) -> None:
         self.out = Map.create(MapType.LRU_HASH, "nat_out", NAT_KEY.size, NAT_FLOW.size, 16384)
         self.back = Map.create(MapType.LRU_HASH, "nat_in", RETURN_KEY.size, NAT_RETURN.size, 16384)
-        self.flows = NatFlows(self.out, self.back, idle_timeout=IDLE, new_flow_timeout=NEW)
+        self.flows = NatFlows(idle_timeout=IDLE, new_flow_timeout=NEW)
+        self.flows.move_to(self.out, self.back)
 
     def key(self, number: int, backend: int = 3) -> NatKey:
         return NatKey(CLIENT, VIP, number.to_bytes(2), (443).to_bytes(2), backend)

@@ -13,8 +13,9 @@ import pytest
 from lb.engine import Drop
 from lb.forward import Forward
 from lb.router import Router, Verdict
+from lb.routing import RoutingTable
 from tests.builders import long, short
-from tests.xdp.bpf import Action, Outcome
+from tests.xdp.bpf import Action, Balancer, Outcome
 from tests.xdp.cases import (
     CONFIGS,
     DEAD,
@@ -24,6 +25,7 @@ from tests.xdp.cases import (
     ROUTER,
     SINGLE_PASS,
     STORIES,
+    UNROUTABLE,
     WAYS,
     WEB,
     A,
@@ -332,3 +334,49 @@ def test_every_checksum_of_udp(way: Way, loaded: Loaded) -> None:
     assert left == bytes(what_left(balancer, frame, table, A, left))
     for came, expected in zip(ending(frame), ending(parse(left)), strict=True):
         assert balancer.loaded.program.test_run(came).data == expected
+
+
+@by_forward
+@by_family
+def test_nobody_listens_on_any_other_port(forward: Forward, way: Way, loaded: Loaded) -> None:
+    """Listeners are looked up by a hash of address and port first: some ports share a line with one."""
+    balancer = ready(loaded, forward)
+    listening = {address.port for table in TABLES[forward] for address in table.service.listen}
+    run = balancer.loaded.program.test_run
+    ours = bytes(datagram(way, ROUTABLE))
+    for port in range(65536):
+        if port not in listening:
+            frame = ours[:-68] + bytes(2) + port.to_bytes(2) + ours[-64:]
+            assert run(frame).retval == Action.PASS
+            if port % 64 == 0:
+                assert run(ours).retval == Action.TX
+    assert not [name for name in balancer.counted() if "FALLBACK" in name]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.service)
+def test_a_slot_that_is_given_to_another_backend(way: Way, loaded: Loaded) -> None:
+    """What is remembered of whoever was there before is void: the newcomer, who takes no new flows, gets none."""
+    loaded(Forward.L2)
+    service = WEB[way]
+    balancer = Balancer(Forward.L2, sizes={"backends": 6})
+    try:
+        balancer.apply([RoutingTable.build(service)])
+        home = RoutingTable.build(service).fallback(way.flow())
+        assert home is not None
+        assert balancer.run(bytes(datagram(way, UNROUTABLE))).counted[f"{way.service} FALLBACK"] == 1
+        slot = balancer.slot(way.service, home)
+        others = tuple(backend for i, backend in enumerate(service.backends) if i != home)
+        for number in range(12):
+            balancer.apply([RoutingTable.build(replace(service, backends=others))])
+            stranger = replace(service.backends[home], name=f"stranger {number}", weight=0)
+            balancer.apply([table := RoutingTable.build(replace(service, backends=(*others, stranger)))])
+            if balancer.slot(way.service, 4) == slot:
+                break
+        assert balancer.slot(way.service, 4) == slot
+        now = table.fallback(way.flow())
+        assert now not in (None, 4)
+        outcome = balancer.run(bytes(datagram(way, UNROUTABLE)))
+        assert outcome.counted[f"{way.service} FALLBACK"] == 1
+        assert outcome.counted[f"{way.service}/{table.backends[now or 0].name} datagrams_to"] == 1
+    finally:
+        balancer.close()

@@ -47,10 +47,17 @@ class Site:
             self.backends = [udp_socket(host, 443) for host in BACKENDS]
         self.write()
 
-    def write(self, *, interface: str = "lb0", health: str = "probe: none", extra: str = "") -> None:
-        backends = "\n".join(
-            f'      - {{name: b{i}, address: "{host}:443", server-ids: {{0: ["{server_id(i).hex()}"]}}}}'
-            for i, host in enumerate(BACKENDS)
+    def write(
+        self,
+        *,
+        interface: str = "lb0",
+        health: str = "probe: none",
+        extra: str = "",
+        backends: Sequence[int] = (0, 1),
+    ) -> None:
+        members = "\n".join(
+            f'      - {{name: b{i}, address: "{BACKENDS[i]}:443", server-ids: {{0: ["{server_id(i).hex()}"]}}}}'
+            for i in backends
         )
         self.file.write_text(
             f"""\
@@ -68,7 +75,7 @@ services:
     cid-configs:
       - {{config-id: 0, server-id-length: 4, nonce-length: 12, key-file: cid.key, reset-key-file: reset.key}}
     backends:
-{backends}
+{members}
     health: {{{health}}}
     resets: {{hold-off: 1s}}
 """
@@ -219,8 +226,28 @@ def test_a_backend_that_packets_cannot_be_sent_to_is_down_until_they_can(site: S
             client.sendto(short(b"\xe0" + os.urandom(16)), VIP)  # a server without a configuration: the ring decides
             site.backends[1].recv(2000)
     ip(site.others, f"addr add {BACKENDS[0]}/24 dev far0")
-    process.event("backend-reachable")
+    assert process.event("backend-reachable")["backend"] == "b0"
     eventually(lambda: site.state("b0") == "active")
+
+
+def test_a_backend_that_is_added_and_cannot_be_sent_to_gets_nobody(site: Site) -> None:
+    """Not even for a moment: whoever came to it then would be kept by the table of 4-tuples."""
+    ip(site.others, f"addr del {BACKENDS[0]}/24 dev far0")
+    site.write(backends=(1,))
+    process = site.start()
+    site.write()
+    process.send(signal.SIGHUP)
+    process.event("reloaded")
+    clients = [site.client() for _ in range(32)]
+    for client in clients:
+        client.sendto(short(b"\xe0" + os.urandom(16)), VIP)
+    for _ in clients:
+        site.backends[1].recv(2000)
+
+    assert site.metrics("quiclb_send_failures_total")['{reason="unreachable"}'] == 0
+    assert len(process.events("backend-unreachable")) == 1
+    for client in clients:
+        client.close()
 
 
 def test_a_dead_servers_client_is_told_by_the_kernel(site: Site) -> None:

@@ -39,10 +39,10 @@ const struct sha256_state sha256_initial_state = {
  */
 static __always_inline __u64 doubled(__u32 x)
 {
-	__u64 both = (__u64)x << 32 | x;
+	__u64 upper = x;
 
-	barrier_var(both); /* the compiler would take it for a rotation, and that apart again */
-	return both;
+	barrier_var(upper); /* the compiler would take it for a rotation, and that apart again */
+	return upper << 32 | x;
 }
 
 /* One round (section 6.2.2, step 3): the new `a` in place of h, the new `e` in place of d. */
