@@ -18,8 +18,10 @@ from bench.balancers import BenchError, NginxError, find_nginx
 from bench.load import pinned_to_load_core
 from bench.machine import RESULTS, describe, obstacle
 from bench.report import Section
+from bench.xdp import part as xdp
+from bench.xdp.compiler import CompilerError
 
-PARTS = ("decision", "dataplane", "memory")
+PARTS = ("decision", "dataplane", "memory", "xdp")
 EXIT_OK, EXIT_WRONG, EXIT_USAGE = 0, 1, 2
 
 
@@ -33,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     signal.signal(signal.SIGTERM, _leave)  # so that namespaces and processes go, as on Ctrl-C
 
-    machine = describe() | {"command": shlex.join(["python", "-m", "bench", *(arguments or sys.argv[1:])])}
+    given = shlex.join(["python", "-m", "bench", *(arguments or sys.argv[1:])])
+    machine = describe() | {"command": given.replace(shlex.quote(str(options.prototype)), "DIR")}
     sections = [report.machine_section(machine)]
     data: dict[str, object] = {"machine": machine}
     with tempfile.TemporaryDirectory(prefix="quiclb-bench-") as directory:
@@ -97,14 +100,28 @@ def _memory(options: argparse.Namespace, directory: Path) -> tuple[list[Section]
     return [report.memory_section(footprints)], footprints
 
 
-_PARTS = {"decision": _decision, "dataplane": _dataplane, "memory": _memory}
+def _xdp(options: argparse.Namespace, directory: Path) -> tuple[list[Section], object]:
+    title = "xdp engine"
+    if why := obstacle() or xdp.obstacle():
+        return [report.skipped(title, why)], None
+    place = directory / "xdp"
+    place.mkdir()
+    plan = xdp.Plan(2 * options.rounds - 1, options.packets, options.rounds)
+    try:
+        with pinned_to_load_core():
+            return xdp.measure(plan, options.prototype, options.picture, place, _say)
+    except (BenchError, CompilerError, OSError) as error:
+        return [report.failed(title, str(error))], None
+
+
+_PARTS = {"decision": _decision, "dataplane": _dataplane, "memory": _memory, "xdp": _xdp}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="What quiclb costs: per routing decision, per packet beside nginx, and per flow. "
-        "The last two need root and two cores; without, they say so and are skipped.",
+        description="What quiclb costs: per routing decision, per packet beside nginx, per flow, and in the kernel. "
+        "The last three need root and two cores; without, they say so and are skipped.",
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all if none is named")
     parser.add_argument("--markdown", action="store_true", help="print the tables as docs/performance.md has them")
@@ -130,6 +147,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--flows", type=int, nargs="+", default=list(memory.FLOW_COUNTS), help="flow counts of the memory part"
     )
+    parser.add_argument(
+        "--packets", type=int, default=300_000, help="packets of one timing of the xdp part (default: 300000)"
+    )
+    parser.add_argument(
+        "--prototype",
+        type=Path,
+        metavar="DIR",
+        help="sources of the prototype that the xdp part compares with (default: nothing is compared)",
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="write the xdp part's picture, an SVG document")
     parser.add_argument(
         "--quiclb",
         type=shlex.split,

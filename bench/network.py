@@ -5,10 +5,13 @@ Nothing in it reaches the machine's own network, and nothing of it stays.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ipaddress import IPv4Address
+from pathlib import Path
 from types import TracebackType
 
 BALANCER = "10.77.0.2"
@@ -18,6 +21,9 @@ FIRST_BACKEND = IPv4Address("10.79.0.1")
 BACKENDS = 16
 
 _LOAD = "10.77.0.1"
+
+_NAMESPACES = Path("/run/netns")  # where ip-netns(8) keeps them
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 _LOAD_SIDE = "02:00:00:00:77:01"
 _BALANCER_SIDE = "02:00:00:00:77:02"
@@ -80,6 +86,24 @@ class Network:
     def _remove(self) -> None:
         for namespace in (self.load, self.balancer):
             subprocess.run(["ip", "netns", "delete", namespace], stderr=subprocess.DEVNULL, check=False)
+
+
+@contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """This thread in a namespace: the interfaces that it names are those there."""
+    with open("/proc/thread-self/ns/net") as before, open(_NAMESPACES / namespace) as there:
+        _enter(there.fileno())
+        try:
+            yield
+        finally:
+            _enter(before.fileno())
+
+
+def _enter(descriptor: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(descriptor, _CLONE_NEWNET):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _ip(*arguments: str, stdin: str = "") -> None:

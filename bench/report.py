@@ -110,7 +110,7 @@ def memory_section(footprints: Sequence[Footprint]) -> Section:
         "every datagram is answered by its backend.",
         "Memory is proportional set size: pages shared by the balancer's processes count once. `grown` is since "
         "before the first flow; `whole` is everything, the interpreter included.",
-        f"target, memory per flow under {memory.TARGET} octets: {per_flow:.0f}, {_reached(per_flow < memory.TARGET)}",
+        f"target, memory per flow under {memory.TARGET} octets: {per_flow:.0f}, {reached(per_flow < memory.TARGET)}",
         _set_up_target(most),
     ]
     return Section(
@@ -180,7 +180,7 @@ def _target(cell: Cell) -> str:
     title = dataplane.TITLES[cell.load]
     if cell.ratio is None:
         return f"target, {title} at least {target:g}: not measured, there is no nginx"
-    return f"target, {title} at least {target:g}: {cell.ratio:.2f}, {_reached(cell.ratio >= target)}"
+    return f"target, {title} at least {target:g}: {cell.ratio:.2f}, {reached(cell.ratio >= target)}"
 
 
 def _set_up_target(footprint: Footprint) -> str:
@@ -190,12 +190,12 @@ def _set_up_target(footprint: Footprint) -> str:
         return f"{target}: not measured, {result.flows} were asked for"
     return (
         f"{target}: {footprint.lost_flows} flows lost, {result.sent - result.delivered} datagrams unanswered, "
-        f"{result.moved} flows given up and begun anew, {_reached(footprint.complete)}"
+        f"{result.moved} flows given up and begun anew, {reached(footprint.complete)}"
     )
 
 
-def _reached(reached: bool) -> str:
-    return "reached" if reached else "NOT reached"
+def reached(is_reached: bool) -> str:
+    return "reached" if is_reached else "NOT reached"
 
 
 def _row(cells: Sequence[str]) -> str:

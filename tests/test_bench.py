@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ from bench.balancers import Nginx, Quiclb
 from bench.dataplane import Cell, Plan, busy, paced
 from bench.load import Result
 from bench.machine import Clocks
+from bench.xdp import compiler, frames, nanoseconds, paths, picture, prototype, throughput, updates
+from bench.xdp import part as xdp
+from bench.xdp import report as xdp_report
+from bench.xdp.nanoseconds import Cost, Sample
+from bench.xdp.updates import Update
 from lb.cid import CidConfig, Codec, ConfigId
 from lb.config import load_config
 
@@ -161,9 +167,128 @@ def test_tables_as_text_and_as_markdown() -> None:
     ]
 
 
+needs_compiler = pytest.mark.skipif(not compiler.is_there(), reason="there is neither clang nor ziglang")
+
+
+def test_every_flow_of_the_xdp_part_has_a_frame_of_its_own_and_a_cid_of_its_backend() -> None:
+    for config in frames.CONFIGS:
+        sent = [frames.frame(flow, frames.short(config, flow, 60)) for flow in range(frames.BACKENDS + 9)]
+        cids = [frame[43 : 43 + config.cid_length] for frame in sent]
+        decoded = [Codec(config).decode(cid) for cid in cids]
+
+        assert len({frame[26:38] for frame in sent}) == len(set(cids)) == len(sent)
+        assert [found.server_id for found in decoded if found] == [
+            frames.server_id(flow % frames.BACKENDS, config) for flow in range(len(sent))
+        ]
+
+
+@pytest.mark.parametrize(("is_ipv6", "vlan", "payload_at"), [(False, False, 42), (True, False, 62), (False, True, 46)])
+def test_headers_of_frames_are_right(is_ipv6: bool, vlan: bool, payload_at: int) -> None:
+    frame = frames.frame(7, b"payload!", is_ipv6=is_ipv6, vlan=vlan)
+    ip = frame[18 if vlan else 14 :]
+
+    assert frame[payload_at:] == b"payload!"
+    assert int.from_bytes(frame[payload_at - 4 : payload_at - 2]) == 8 + 8
+    if is_ipv6:
+        assert int.from_bytes(ip[4:6]) == len(ip) - 40
+    else:
+        assert int.from_bytes(ip[2:4]) == len(ip)
+        assert sum(int.from_bytes(ip[at : at + 2]) for at in range(0, 20, 2)) % 0xFFFF == 0
+
+
+@needs_compiler
+def test_harness_compiles_without_a_warning(tmp_path: Path) -> None:
+    assert compiler.harness(tmp_path).read_bytes()[:4] == b"\x7fELF"
+
+
+@needs_compiler
+def test_a_source_that_is_wrong_is_told_in_the_compilers_words(tmp_path: Path) -> None:
+    (tmp_path / "wrong.c").write_text("int nonsense(void) { return undeclared; }")
+    with pytest.raises(compiler.CompilerError, match=r"wrong\.c: .*undeclared"):
+        compiler.compile_bpf(tmp_path / "wrong.c", tmp_path / "wrong.o")
+
+
+def test_a_folder_without_the_prototype_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "sr.bpf.c").touch()
+    with pytest.raises(compiler.CompilerError, match=r"has no lb\.bpf\.c, gen_tables\.py$"):
+        prototype.Prototype(tmp_path, tmp_path)
+
+
+def cost(path: str, ours: float, theirs: float | None = None, *, is_promised: bool = True) -> Cost:
+    """Figures of one load, above a floor of 10 ns."""
+    other = [Sample(theirs + 10, 10, 9)] if theirs is not None else []
+    return Cost(path, "group", is_promised, [Sample(ours + 10, 10, 9)], other)
+
+
+@pytest.mark.parametrize(
+    ("costs", "verdict"),
+    [
+        ([cost("a", 115, 100), cost("b", 20, 40)], "2 of 2, the worst is a at 1.15, reached"),
+        ([cost("a", 115, 100), cost("b", 47, 40)], "1 of 2, the worst is b at 1.18, NOT reached"),
+        ([cost("a", 115, 100), cost("b", 80, 40, is_promised=False)], "1 of 1, the worst is a at 1.15, reached"),
+        ([cost("a", 115)], "not measured, there is no prototype"),
+    ],
+)
+def test_report_says_plainly_whether_the_prototype_was_matched(costs: list[Cost], verdict: str) -> None:
+    section = xdp_report.paths_section(costs, loads=1, packets=1000)
+
+    assert f"target, no path dearer than 1.15 times the prototype's: {verdict}" in section.remarks
+    assert not section.wrong  # slow is not wrong
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "verdict"),
+    [(1000, "1,000,000, reached"), (1001, "999,001, NOT reached")],
+)
+def test_report_says_plainly_whether_resets_are_fast_enough(nanoseconds: float, verdict: str) -> None:
+    section = xdp_report.paths_section([cost(paths.RESET, nanoseconds)], loads=1, packets=1000)
+
+    assert f"target, 1,000,000 stateless resets per second and core: {verdict}" in section.remarks
+
+
+def test_report_says_plainly_whether_changes_are_fast_enough() -> None:
+    section = xdp_report.updates_section([Update(updates.WHOLE, [0.3, 0.099, 0.09]), Update(updates.DOWN, [0.005])])
+
+    assert section.remarks[1:] == [
+        "target, 4096 backends and 65536 server IDs, where nothing was in less than 100 ms: 99.0 ms, reached",
+        "target, one backend goes DOWN in less than 5 ms: 5.0 ms, NOT reached",
+    ]
+
+
+def test_floors_that_differ_make_the_figures_noise() -> None:
+    disturbed = cost("b", 50)._replace(ours=[Sample(70, 20, 19)])
+    for quiet, noise in ((9, []), (8, ["NOISE: the program that only transmits was slower by half in 1 of 9 loads"])):
+        section = xdp_report.paths_section([cost("a", 50)] * quiet + [disturbed], loads=1, packets=1000)
+
+        assert [remark.partition(": others")[0] for remark in section.remarks if "NOISE" in remark] == noise
+
+
+def svg(text: str) -> ET.Element:
+    return ET.fromstring(text)  # noqa: S314 # it is our own
+
+
+def test_picture_has_a_bar_for_every_figure_and_says_which() -> None:
+    drawn = svg(xdp_report.chart([cost("plain & simple", 50, 40), cost("only ours", 100)]))
+    texts = [element.text for element in drawn.iter() if element.tag.endswith("text")]
+    widths = sorted(float(r.get("width", "")) for r in drawn.iter() if r.tag.endswith("rect"))
+
+    assert {"group", "plain & simple", "only ours", "50", "40", "100", "quiclb", "prototype"} <= set(texts)
+    paper, longest = widths[-1], widths[-2]
+    assert widths == pytest.approx([10, 10, 0.4 * longest, 0.5 * longest, longest, paper], abs=0.1)
+
+
+@pytest.mark.parametrize(("highest", "last"), [(1, 1), (7, 7), (8, 8), (9, 10), (99, 100), (641, 700), (1130, 1200)])
+def test_axis_of_the_picture_is_as_long_as_it_must_be(highest: float, last: int) -> None:
+    drawn = svg(picture.bars("title", "unit", ("a",), [("group", [picture.Row("row", [highest])])]))
+    ticks = [e.text for e in drawn.iter() if e.tag.endswith("text") and e.get("text-anchor") == "middle"]
+
+    assert (ticks[0], ticks[-1]) == ("0", str(last))
+    assert len(ticks) <= 9
+
+
 def test_unknown_part_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["decisions"]) == 2
-    assert capsys.readouterr().err == "bench: no part decisions: expected decision, dataplane, memory\n"
+    assert capsys.readouterr().err == "bench: no part decisions: expected decision, dataplane, memory, xdp\n"
 
 
 @pytest.mark.skipif(machine.obstacle() is not None, reason=str(machine.obstacle()))
@@ -184,6 +309,32 @@ class TestInNamespaces:
 
         assert (footprint.result.flows, footprint.lost_flows, footprint.complete) == (600, 0, True)
         assert footprint.after["total"] > 0
+
+
+@pytest.mark.skipif(bool(machine.obstacle() or xdp.obstacle()), reason=str(machine.obstacle() or xdp.obstacle()))
+class TestInTheKernel:
+    """Every path once, few packets: `measure` asserts that each packet took the path that it was to take."""
+
+    @pytest.mark.parametrize("path", paths.PATHS, ids=lambda path: path.name)
+    def test_packets_take_their_path(self, path: paths.Path, tmp_path: Path) -> None:
+        (cost,) = nanoseconds.measure(
+            compiler.harness(tmp_path), None, print, loads=1, packets=2 * paths.MAX_FLOWS, paths=[path]
+        )
+
+        assert (cost.path, len(cost.ours), cost.ratio) == (path.name, 1, None)
+        assert cost.ours[0].nanoseconds > 0
+
+    def test_frames_arrive_at_the_far_end_of_a_veth_pair(self, tmp_path: Path) -> None:
+        floods = throughput.measure(compiler.harness(tmp_path), print, rounds=1, packets=20_000)
+
+        assert [flood.forwarder for flood in floods] == [throughput.NULL, *throughput.NAMES]
+        assert all(flood.mpps > 0 for flood in floods)
+
+    def test_changes_are_timed(self, tmp_path: Path) -> None:
+        measured = updates.measure(tmp_path, print, rounds=1)
+
+        assert [update.change for update in measured] == list(updates.TARGETS)
+        assert all(update.seconds > 0 for update in measured)
 
 
 def namespaces() -> str:
