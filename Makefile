@@ -2,14 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint format build wheel setup clean
+.PHONY: demo test bench lint format build wheel setup tools clean
 
 ENGINE ?= udp
 
 demo: build            ## three backends, a balancer, real clients, every move (ENGINE=xdp; ARGS=--stay keeps it running)
 	@$(BIN)/python -m backend.demo --engine $(ENGINE) $(ARGS)
 
-test: build            ## all tests (ARGS="-k reset" for some)
+test: build tools      ## all tests (ARGS="-k reset" for some)
 	@$(BIN)/python -m pytest $(ARGS)
 
 bench: build           ## the tables of docs/performance.md (ARGS="decision memory" for some parts)
@@ -20,7 +20,8 @@ lint: setup            ## what a reviewer would run
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/yamllint --strict .
-	@$(BIN)/shellcheck .ci/run .ci/setup .ci/build-bpf
+	@$(BIN)/shellcheck .ci/run .ci/setup .ci/tools .ci/build-bpf deploy/container/lock deploy/compose/prepare deploy/debian/build deploy/debian/postinst deploy/debian/prerm
+	@$(BIN)/hadolint deploy/container/Dockerfile
 
 format: setup
 	@$(BIN)/ruff check --fix .
@@ -34,6 +35,9 @@ wheel: build           ## a wheel with the program in it, in dist/
 
 setup:
 	@PYTHON="$(PYTHON)" sh .ci/setup
+
+tools: setup           ## what only tests use
+	@sh .ci/tools
 
 clean:
 	rm -rf .venv build dist *.egg-info bench/build bench/results lb/xdp/*.bpf.o .pytest_cache .mypy_cache .ruff_cache .hypothesis

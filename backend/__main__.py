@@ -83,7 +83,7 @@ def main() -> int:
             if args.write_cert:
                 args.write_cert.write_bytes(tls.pem())
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_serve(args, args.name or config.name, identity, tls, retry))
+                runner.run(_serve(args, config, identity, tls, retry))
         except OSError as error:
             print(f"backend: {error}", file=sys.stderr)
             return EXIT_FAILED
@@ -91,14 +91,14 @@ def main() -> int:
 
 
 async def _serve(
-    args: argparse.Namespace, name: str, identity: Identity, tls: Certificate, retry: RetryTokens | None
+    args: argparse.Namespace, config: ServerConfig, identity: Identity, tls: Certificate, retry: RetryTokens | None
 ) -> None:
     configuration = quic_configuration(identity, tls)
-    site = Site(name, identity.server_id)
+    name = args.name or config.name
     server = Server(
         identity,
         configuration,
-        lambda connection: Http3Protocol(connection, site),
+        lambda connection: Http3Protocol(connection, Site(name, identity.server_id)),
         RateLimiter(args.reset_rate, 0),
         os.urandom,
         retry=retry,
@@ -108,6 +108,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+    loop.add_signal_handler(signal.SIGHUP, _reload, args.server_config, config.nonce_file, identity, server)
     try:
         bound = " ".join(map(str, await server.listen(args.listen)))
         print(f"ready {bound}", flush=True)
@@ -118,6 +119,29 @@ async def _serve(
         await server.stop()
     outcomes = {outcome.name.lower(): count for outcome, count in server.outcomes.items()}
     event(log, logging.INFO, "stopped", name=name, connections=connections, **outcomes)
+
+
+def _reload(path: Path, nonce_file: Path | None, identity: Identity, server: Server) -> None:
+    """Issue connection IDs as the file says now, and have clients move to them; with a mistake in it, go on as before.
+
+    It takes effect between two datagrams: whoever changes the file replaces it as a whole.
+    """
+    try:
+        config = load_server_config(path)
+        if config.nonce_file != nonce_file:
+            raise ValueError(f"nonce-file: {config.nonce_file}: this process has {nonce_file}; a restart changes it")
+        cid_config = config.cid_config
+        identity.switch(
+            Codec(cid_config) if cid_config else None, config.server_id if cid_config else None, config.reset_key
+        )
+    except (ConfigErrors, QuicLbError, ValueError) as error:
+        reasons = error.exceptions if isinstance(error, ConfigErrors) else (error,)
+        for reason in reasons:
+            event(log, logging.ERROR, "reload-refused", reason=str(reason))
+        return
+    server.renew_cids()
+    config_id = cid_config.config_id if cid_config else None
+    event(log, logging.INFO, "reloaded", config_id=config_id, connections=len(server.connections))
 
 
 def quic_configuration(identity: Identity, tls: Certificate) -> QuicConfiguration:
@@ -159,7 +183,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m backend",
         description="An HTTP/3 server whose connection IDs say which server they belong to.",
-        epilog="Prints one line, `ready ADDRESS:PORT`, when it listens. SIGTERM closes all connections and ends it.",
+        epilog="Prints one line, `ready ADDRESS:PORT`, when it listens. SIGHUP has it read its file "
+        "again and its clients move to new connection IDs. SIGTERM closes all connections and ends it.",
     )
     parser.add_argument(
         "--listen",

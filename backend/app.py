@@ -4,6 +4,7 @@
     GET  /whoami         JSON: who answers, by which connection IDs, and the client's address as seen here
     GET  /bytes/N        N octets
     GET  /slow/SECONDS   a numbered line every 50 ms
+    GET  /status/CODE    that status, for health checks to be tested with
     PUT  /upload         (or POST) JSON: how many octets came, and their SHA-256
 
 It is a test and demonstration server: `/whoami` tells a server ID to whoever asks, which a real one would not.
@@ -154,6 +155,10 @@ async def _slow(site: Site, request: Request, seconds: float) -> Response:
     return Response(200, "text/plain; charset=utf-8", body())
 
 
+async def _status(site: Site, request: Request, code: int) -> Response:
+    return Response(code, "text/plain; charset=utf-8", b"")  # some of them must not have a body
+
+
 async def _upload(site: Site, request: Request, _: None) -> Response:
     await request.is_complete.wait()
     return as_json({"octets": request.octets, "sha256": request.digest.hexdigest()})
@@ -162,6 +167,12 @@ async def _upload(site: Site, request: Request, _: None) -> Response:
 def _octet_count(written: str) -> int:
     if not (written.isascii() and written.isdigit()) or len(written) > 20 or int(written) > MAX_BYTES:
         raise ValueError(f"expected a number of octets from 0 to {MAX_BYTES}")
+    return int(written)
+
+
+def _status_code(written: str) -> int:
+    if not (written.isascii() and written.isdigit()) or len(written) != 3 or not 200 <= int(written) < 600:
+        raise ValueError("expected a status code from 200 to 599")
     return int(written)
 
 
@@ -181,6 +192,7 @@ ROUTES = {
     "whoami": Route(_READ, _whoami),
     "bytes": Route(_READ, _bytes, _octet_count),
     "slow": Route(_READ, _slow, _seconds),
+    "status": Route(_READ, _status, _status_code),
     "upload": Route(("POST", "PUT"), _upload),
 }
 

@@ -12,9 +12,18 @@ from typing import NamedTuple, Protocol
 
 from aioquic.asyncio.protocol import QuicConnectionProtocol
 from aioquic.quic.configuration import QuicConfiguration
-from aioquic.quic.connection import NetworkAddress, QuicConnection, QuicConnectionId, QuicConnectionState
+from aioquic.quic.connection import (
+    NEW_CONNECTION_ID_FRAME_CAPACITY,
+    NetworkAddress,
+    QuicConnection,
+    QuicConnectionId,
+    QuicConnectionState,
+)
+from aioquic.quic.events import ConnectionIdIssued
+from aioquic.quic.packet import QuicFrameType
+from aioquic.quic.packet_builder import QuicPacketBuilder
 
-from lb.cid import Codec, ConnectionId, ServerId, config_id_of
+from lb.cid import Codec, ConfigId, ConnectionId, ServerId, config_id_of
 from lb.generator import CidGenerator
 from lb.reset import RESET_KEY_LENGTH, reset_token
 
@@ -43,21 +52,54 @@ class Identity:
         self.server_id = server_id
         self.cid_length = cid_length
         self.new_cid = generator.next
-        self._codec = codec
-        self._reset_key = reset_key
+        self._generator = generator
+        self._known_as: dict[ConfigId, _KnownAs] = {}
         self._process_key = random(RESET_KEY_LENGTH)
+        self._take(codec, server_id, reset_key)
+
+    def switch(self, codec: Codec | None, server_id: ServerId | None, reset_key: bytes | None) -> None:
+        """Make connection IDs in another way from now on; the earlier ones stay this server's.
+
+        Raises ValueError for connection IDs of another length, by which short headers could not be told apart, and
+        QuicLbError for nonces that cannot be used; then nothing has changed.
+        """
+        if codec is not None and codec.config.cid_length != self.cid_length:
+            raise ValueError(
+                f"connection IDs of {codec.config.cid_length} octets: this process has some of {self.cid_length}; "
+                "a restart changes it"
+            )
+        self._generator.switch(codec.config if codec else None, server_id)
+        self.server_id = server_id
+        self._take(codec, server_id, reset_key)
 
     def reset_token(self, cid: bytes) -> bytes:
         """The stateless reset token, 16 octets, of one of this server's connection IDs."""
-        routable = self._codec and config_id_of(cid) == self._codec.config.config_id
-        return reset_token(self._reset_key if routable and self._reset_key else self._process_key, cid)
+        known_as = self._of(cid)
+        return reset_token(known_as.reset_key if known_as and known_as.reset_key else self._process_key, cid)
 
     def may_reset(self, cid: bytes) -> bool:
         """Whether `cid` carries this server's ID, and its token would be one that a client can have been given."""
-        if self._codec is None or self._reset_key is None:
+        known_as = self._of(cid)
+        if known_as is None or known_as.reset_key is None:
             return False
-        decoded = self._codec.decode(cid)
-        return decoded is not None and decoded.server_id == self.server_id
+        decoded = known_as.codec.decode(cid)
+        return decoded is not None and decoded.server_id == known_as.server_id
+
+    def _take(self, codec: Codec | None, server_id: ServerId | None, reset_key: bytes | None) -> None:
+        if codec is not None and server_id is not None:
+            self._known_as[codec.config.config_id] = _KnownAs(codec, server_id, reset_key)
+
+    def _of(self, cid: bytes) -> _KnownAs | None:
+        config_id = config_id_of(cid)
+        return self._known_as.get(config_id) if config_id is not None else None
+
+
+class _KnownAs(NamedTuple):
+    """What connection IDs with one config ID are made of: that of now, or of an earlier configuration."""
+
+    codec: Codec
+    server_id: ServerId
+    reset_key: bytes | None
 
 
 class IssuedCid(NamedTuple):
@@ -91,6 +133,7 @@ class RoutableConnection(QuicConnection):
         original_destination_connection_id: bytes,
         retry_source_connection_id: bytes | None = None,
     ) -> None:
+        self._retire_prior_to = 0
         super().__init__(
             configuration=configuration,
             original_destination_connection_id=original_destination_connection_id,
@@ -123,10 +166,36 @@ class RoutableConnection(QuicConnection):
         # In place of random ones, at the end of the handshake and whenever the client has retired one.
         # aioquic would make them known for demultiplexing at the connection's next datagram or timer only. A client
         # that is quicker than that would be taken for a stranger, and reset: one in three was.
-        while len(self._host_cids) < min(MAX_ACTIVE_CIDS, self._remote_active_connection_id_limit):
+        wanted = min(MAX_ACTIVE_CIDS, self._remote_active_connection_id_limit)
+        while sum(each.sequence_number >= self._retire_prior_to for each in self._host_cids) < wanted:
             cid, token = self._issuer.issue(self)
             self._host_cids.append(QuicConnectionId(cid, self._host_cid_seq, token))
             self._host_cid_seq += 1
+
+    def renew(self) -> None:
+        """Give the client new connection IDs, and have it retire those that it has (RFC 9000, section 5.1.2).
+
+        With the next datagrams to send; during the handshake, with its end.
+        """
+        self._retire_prior_to = self._host_cid_seq
+        if self._handshake_complete:
+            self._replenish_connection_ids()
+
+    def _write_new_connection_id_frame(self, builder: QuicPacketBuilder, connection_id: QuicConnectionId) -> None:
+        # aioquic's always says that nothing is to be retired.
+        buf = builder.start_frame(
+            QuicFrameType.NEW_CONNECTION_ID,
+            capacity=NEW_CONNECTION_ID_FRAME_CAPACITY,
+            handler=self._on_new_connection_id_delivery,
+            handler_args=(connection_id,),
+        )
+        buf.push_uint_var(connection_id.sequence_number)
+        buf.push_uint_var(min(self._retire_prior_to, connection_id.sequence_number))
+        buf.push_uint8(len(connection_id.cid))
+        buf.push_bytes(connection_id.cid)
+        buf.push_bytes(connection_id.stateless_reset_token)
+        connection_id.was_sent = True
+        self._events.append(ConnectionIdIssued(connection_id=connection_id.cid))
 
     # Clients with zero-length connection IDs, as Chromium. aioquic wants a spare client CID for each new path, so that
     # no path can be linked to another (RFC 9000, section 9.5). These clients have none and need none, section 5.1.

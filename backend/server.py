@@ -196,6 +196,15 @@ class Server:
         if self._open_sockets:
             await self._closed.wait()
 
+    def renew_cids(self) -> None:
+        """Have all clients move to connection IDs as the identity makes them now."""
+        for connection in list(self.connections):
+            try:
+                connection.renew()
+                connection.protocol.transmit()
+            except Exception as error:
+                self._failed(connection, error)
+
     def opened(self, transport: asyncio.DatagramTransport) -> None:
         self._sockets.add(transport)
         self._open_sockets += 1

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from bench import dataplane, decision, memory, report
+from bench import dataplane, decision, memory, report, restart
 from bench.balancers import BenchError, NginxError, find_nginx
 from bench.load import pinned_to_load_core
 from bench.machine import RESULTS, describe, obstacle
@@ -21,7 +21,7 @@ from bench.report import Section
 from bench.xdp import part as xdp
 from bench.xdp.compiler import CompilerError
 
-PARTS = ("decision", "dataplane", "memory", "xdp")
+PARTS = ("decision", "dataplane", "memory", "xdp", "restart")
 EXIT_OK, EXIT_WRONG, EXIT_USAGE = 0, 1, 2
 
 
@@ -114,14 +114,29 @@ def _xdp(options: argparse.Namespace, directory: Path) -> tuple[list[Section], o
         return [report.failed(title, str(error))], None
 
 
-_PARTS = {"decision": _decision, "dataplane": _dataplane, "memory": _memory, "xdp": _xdp}
+def _restart(options: argparse.Namespace, directory: Path) -> tuple[list[Section], object]:
+    if why := obstacle():
+        return [report.skipped(restart.TITLE, why)], None
+    without = xdp.obstacle()
+    engines = restart.ENGINES if without is None else ("udp",)
+    _say(f"restart: {'' if without is None else f'without xdp: {without}; '}about {10 * len(engines)} s a round")
+    place = directory / "restart"
+    place.mkdir()
+    try:
+        found = restart.measure(engines, options.restart_rate, options.rounds, options.quiclb, place, _say)
+    except (BenchError, OSError) as error:
+        return [report.failed(restart.TITLE, str(error))], None
+    return [restart.section(found, options.restart_rate)], found
+
+
+_PARTS = {"decision": _decision, "dataplane": _dataplane, "memory": _memory, "xdp": _xdp, "restart": _restart}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="What quiclb costs: per routing decision, per packet beside nginx, per flow, and in the kernel. "
-        "The last three need root and two cores; without, they say so and are skipped.",
+        description="What quiclb costs: per routing decision, per packet beside nginx, per flow, in the kernel, at a "
+        "restart. The last four need root and two cores; without, they say so and are skipped.",
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all if none is named")
     parser.add_argument("--markdown", action="store_true", help="print the tables as docs/performance.md has them")
@@ -155,6 +170,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="sources of the prototype that the xdp part compares with (default: nothing is compared)",
+    )
+    parser.add_argument(
+        "--restart-rate",
+        type=int,
+        default=restart.RATE,
+        help=f"datagrams per second of the restart part, both directions together (default: {restart.RATE})",
     )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write the xdp part's picture, an SVG document")
     parser.add_argument(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lb.address import Address
 from lb.cid import KEY_LENGTH, CidConfig, ConfigId, ServerId
-from lb.document import Node
+from lb.document import Node, shown_file
 from lb.forward import Forward
-from lb.keys import LbConfig, Limits, Probe, ServiceConfig, ServiceKeys, XdpConfig, read_key_file
+from lb.keyfile import read_token
+from lb.keys import AdminConfig, LbConfig, Limits, Probe, ServiceConfig, ServiceKeys, XdpConfig, read_key_file
 from lb.kinds import Duration
 from lb.reset import RESET_KEY_LENGTH
 from lb.routing import Backend, CidSlot, Service
@@ -18,6 +20,7 @@ from lb.schema import INVALID, Reading, noun
 
 # Ours.
 XDP_ONLY = ("interface", "forward", "xdp")
+MAX_CA_FILE = 1 << 20  # octets that are looked at
 MAX_XDP_BACKENDS = 0xFFFF  # in all: rings name them in 16 bits, and one number is nobody's
 
 H = TypeVar("H")
@@ -41,6 +44,7 @@ class Section:
         self._check_backends(reading)
         self._check_server_ids(reading)
         self._check_times(reading)
+        self._check_http3(reading)
 
     def build(self) -> ServiceConfig:
         """The service, once there are no mistakes."""
@@ -51,10 +55,22 @@ class Section:
         )
         slots = tuple(CidSlot(config, self.reset_keys[i]) for i, config in self.configs.items())
         return ServiceConfig(
-            service=Service(keys.name, keys.listen, slots, backends, keys.seed, keys.unknown_server),
+            service=Service(
+                keys.name,
+                keys.listen,
+                slots,
+                backends,
+                keys.seed,
+                keys.unknown_server,
+                keys.health.panic_threshold,
+            ),
             health=keys.health,
             resets=keys.resets,
+            rotation=keys.rotation,
             draining=frozenset(b.name for b in keys.backends if b.drain),
+            phases={c.config_id: c.phase for c in keys.cid_configs},
+            key_files={c.config_id: c.key_file for c in keys.cid_configs if c.key_file is not None},
+            reset_key_files={c.config_id: c.reset_key_file for c in keys.cid_configs if c.reset_key_file is not None},
         )
 
     def server_ids(self) -> Iterable[tuple[str, int, ConfigId, ServerId]]:
@@ -111,15 +127,39 @@ class Section:
         health, resets = self.keys.health, self.keys.resets
         if INVALID in (health, resets) or INVALID in (health.timeout, resets.hold_off):
             return
+        times = Duration(0, 0)
+        if health.max_interval is not None and INVALID not in (health.max_interval, health.interval):
+            where = f"{self.path}.health.interval"
+            if health.max_interval < health.interval:
+                reading.mistake(
+                    f"{self.path}.health.max-interval",
+                    f"{times.to_json(health.max_interval)}: expected at least {where}, "
+                    f"which is {times.to_json(health.interval)}",
+                )
         # Nobody may be declared dead before an answer to the last probe could have come.
         if health.probe is not Probe.NONE and resets.hold_off < health.timeout:
             path = f"{self.path}.resets.hold-off"
-            times = Duration(0, 0)
             reading.mistake(
                 path,
                 f"{times.to_json(resets.hold_off)}: expected at least {self.path}.health.timeout, "
                 f"which is {times.to_json(health.timeout)}",
             )
+
+    def _check_http3(self, reading: Reading) -> None:
+        if self.keys.health is INVALID or self.keys.health.http3 is INVALID:
+            return
+        path, http3 = f"{self.path}.health.http3.ca-file", self.keys.health.http3
+        if http3.ca_file is None or http3.ca_file is INVALID:
+            return
+        try:
+            found = b"-----BEGIN CERTIFICATE-----" in http3.ca_file.read_bytes()[:MAX_CA_FILE]
+        except OSError as error:
+            reading.mistake(path, f"{shown_file(http3.ca_file)}: cannot be read: {error.strerror}")
+            return
+        if not found:
+            reading.mistake(path, f"{shown_file(http3.ca_file)}: holds no certificate in PEM")
+        if http3.verify is False:
+            reading.mistake(path, "without verify: true nobody looks at it: expected both or neither")
 
 
 def check_limits(limits: Limits, reading: Reading) -> None:
@@ -132,6 +172,40 @@ def check_limits(limits: Limits, reading: Reading) -> None:
             f"{times.to_json(limits.new_flow_timeout)}: expected at most limits.idle-timeout, "
             f"which is {times.to_json(limits.idle_timeout)}",
         )
+
+
+def check_admin(admin: AdminConfig, metrics: Address | None, reading: Reading) -> None:
+    """Who may come in from where. `metrics` is a TCP address as well."""
+    if admin is INVALID:
+        return
+    for name, path in (("read-token-file", admin.read_token_file), ("write-token-file", admin.write_token_file)):
+        if path is not None and path is not INVALID:
+            try:
+                read_token(path)
+            except ValueError as error:
+                reading.mistake(f"admin.{name}", str(error))
+    for name, is_given, needs, other in (
+        ("certificate-file", admin.certificate_file is not None, "key-file", admin.key_file),
+        ("key-file", admin.key_file is not None, "certificate-file", admin.certificate_file),
+        ("client-ca-file", admin.client_ca_file is not None, "certificate-file", admin.certificate_file),
+        ("writers", bool(admin.writers), "client-ca-file", admin.client_ca_file),
+    ):
+        if is_given and other is None:
+            reading.mistake(f"admin.{name}", f"expected admin.{needs} as well")
+    listen = list(valid(admin.listen or ()))
+    _unique(((f"admin.listen[{i}]", where) for i, where in listen), reading)
+    proofs = (admin.read_token_file, admin.write_token_file, admin.client_ca_file)
+    for i, where in listen:
+        if isinstance(where, Path):
+            continue
+        if where == metrics:
+            reading.mistake(f"admin.listen[{i}]", f"{where}: metrics has it already")
+        if all(proof is None for proof in proofs) and not ipaddress.ip_address(where.host).is_loopback:
+            reading.mistake(
+                f"admin.listen[{i}]",
+                f"{where}: expected a loopback address or unix:PATH, "
+                "or a read-token-file, write-token-file or client-ca-file",
+            )
 
 
 def check_engine(config: LbConfig, given: Mapping[str, Node], sections: list[Section], reading: Reading) -> None:

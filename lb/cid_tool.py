@@ -1,4 +1,4 @@
-"""Connection IDs by hand: encode, decode, explain; for one at a time or for lines of JSON.
+"""Connection IDs by hand: encode and decode; for one at a time or for lines of JSON.
 
 What goes in and out are mappings with the fields `config_id, key, server_id_length, nonce_length, server_id, nonce,
 cid, appended, encodes_length, low_bits`: integers, booleans, and octets as hex digits. null means the same as no field
@@ -8,28 +8,18 @@ at all; unknown fields do not matter. A key goes in and never comes out.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, BinaryIO, TextIO, TypeAlias
 
 from lb.cid import KEY_LENGTH, LENGTH_BITS, UNROUTABLE, CidConfig, Codec, ConfigId, config_id_of
-from lb.packet import parse_header
-from lb.routing import Action, RoutingTable, Server, Unroutable
+from lb.explain import UNROUTABLE_WHY
+from lb.routing import Unroutable
 
 Fields: TypeAlias = Mapping[str, Any]
 
-MAX_LINE = 1 << 16  # octets; no datagram in hex is longer than two of these, and no CID anywhere near
-MAX_DATAGRAM = 65_535
-MAX_CID_V1 = 20
-
-WHY = {
-    Unroutable.NO_CID: "it has no octets",
-    Unroutable.NO_CONFIG: "its config ID names no configuration",
-    Unroutable.CODEPOINT_7: "config ID 7 marks CIDs of servers without a configuration",
-    Unroutable.TOO_SHORT: "it ends before the routing block does",
-    Unroutable.UNKNOWN_SERVER: "it decodes to a server ID that is nobody's",
-    Unroutable.DEAD_SERVER: "its server is declared dead",
-}
+MAX_LINE = 1 << 18  # octets; a datagram in hex takes half of it
 
 
 def encode(fields: Fields) -> dict[str, Any]:
@@ -62,9 +52,9 @@ def decode(fields: Fields) -> dict[str, Any]:
     cid = _octets(fields, "cid")
     found = config_id_of(cid)
     if found is None:
-        raise ValueError(f"unroutable: {WHY[Unroutable.NO_CID]}")
+        raise ValueError(f"unroutable: {UNROUTABLE_WHY[Unroutable.NO_CID]}")
     if found == UNROUTABLE:
-        raise ValueError(f"unroutable: {WHY[Unroutable.CODEPOINT_7]}")
+        raise ValueError(f"unroutable: {UNROUTABLE_WHY[Unroutable.CODEPOINT_7]}")
     if _integer(fields, "config_id", 0, 6, found) != found:
         raise ValueError(f"unroutable: its config ID is {found}, not {fields['config_id']}")
     lengths = _integer(fields, "server_id_length", 1, 15), _integer(fields, "nonce_length", 4, 18)
@@ -75,31 +65,13 @@ def decode(fields: Fields) -> dict[str, Any]:
     return _filled(config, decoded.server_id, decoded.nonce, cid, cid[config.cid_length :])
 
 
-def explain(fields: Fields, tables: Iterable[RoutingTable]) -> dict[str, Any]:
-    """What each table makes of a `cid` or of the first packet of a `datagram`. Raises ValueError."""
-    if fields.get("datagram") is None:
-        dcid = _octets(fields, "cid")
-        explained: dict[str, Any] = {"cid": dcid.hex()}
-        is_short = False
-    else:
-        datagram = _octets(fields, "datagram")
-        header = parse_header(datagram[:MAX_DATAGRAM])
-        if header is None:
-            raise ValueError(f"datagram: {len(datagram)} octets end before the header does")
-        dcid, is_short = header.dcid, not header.is_long
-        explained = {"header": "short"} if is_short else {"header": "long", "cid": dcid.hex()}
-        if header.scid is not None:
-            explained["scid"] = header.scid.hex()
-    explained["config_id"] = config_id_of(dcid)
-    explained["services"] = [_explain(dcid, is_short, table) for table in tables]
-    return explained
-
-
 def json_lines(answer: Callable[[Fields], Fields], given: Fields, lines: BinaryIO, out: TextIO) -> int:
     """Answer each line, one line for one line, at once. Returns 1 if any could not be answered, else 0.
 
     `given` holds what lines need not say. A line that is empty gets no answer.
     """
+    if lines.isatty():
+        print("quiclb: reading JSON lines from the terminal; --help says more", file=sys.stderr)
     status = 0
     for line in _lines(lines):
         if line is not None and not line.strip():
@@ -111,25 +83,6 @@ def json_lines(answer: Callable[[Fields], Fields], given: Fields, lines: BinaryI
         out.write(json.dumps(answered) + "\n")
         out.flush()  # a script may wait for this answer before it asks on
     return status
-
-
-def _explain(dcid: bytes, is_short: bool, table: RoutingTable) -> dict[str, Any]:
-    found = table.by_cid(dcid)
-    explained: dict[str, Any] = {"service": table.service.name}
-    config = next((s.config for s in table.service.cid_slots if s.config.config_id == config_id_of(dcid)), None)
-    decoded = _codec(config).decode(dcid) if config else None
-    if config:
-        explained |= {"algorithm": config.algorithm, "cid_length": config.cid_length}
-    if decoded:
-        if is_short:
-            explained["cid"] = (table.whole_cid(dcid) or b"").hex() or None
-        explained |= {"server_id": decoded.server_id.hex(), "nonce": decoded.nonce.hex()}
-    if isinstance(found, Server):
-        backend = table.backends[found.backend]
-        explained |= {"backend": backend.name, "address": str(backend.address), "action": Action(found.action).name}
-    else:
-        explained |= {"unroutable": found.name.lower().replace("_", "-"), "why": WHY[found]}
-    return explained
 
 
 def _filled(config: CidConfig, server_id: bytes, nonce: bytes, cid: bytes, appended: bytes) -> dict[str, Any]:

@@ -4,52 +4,58 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
-import resource
+import secrets
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import uvloop
 
-from lb import log
+from lb import log, rewrite, systemd, upgrade, watching
+from lb.activity import INTERVAL, Activity
+from lb.admin.server import AdminServer
+from lb.changes import changes
 from lb.config import LbConfig, ServiceConfig, load_config, refuse_reload
+from lb.describe import describe
 from lb.engine import Counters
-from lb.errors import ConfigErrors, QuicLbError
+from lb.engines import make_engine, missing, missing_for_probes, policies
+from lb.errors import ConfigError, ConfigErrors, QuicLbError
+from lb.fleet import Fleet
 from lb.health import HealthMonitor
 from lb.log import event
-from lb.metrics import MetricsServer, Snapshot, XdpInfo
-from lb.nat import UdpLimits
-from lb.returnpath import ReturnPaths
-from lb.router import RouterLimits
-from lb.routing import BackendState, RoutingTable, Service
-from lb.udp import UdpEngine
-from lb.upstream import ServicePolicy
-from lb.workers import WorkerPool, WorkerSettings
+from lb.operations import Refused, RotationStep
+from lb.overrides import MAX_WEIGHT, Change
+from lb.overridesfile import read_overrides, write_overrides
+from lb.places import OVERRIDES, admin_addresses, runtime_directory
+from lb.rotation import Rotation
+from lb.routing import RoutingTable
+from lb.snapshot import Snapshot, XdpInfo
 
 if TYPE_CHECKING:
+    from lb.engines import Running
     from lb.xdp.engine import XdpEngine
-    from lb.xdp.plane import XdpSettings
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 
 # Ours.
-SPARE_DESCRIPTORS = 64  # for the event loop, metrics and files
-PROBE_DESCRIPTORS = 6  # per backend, at most
 APPLY_AGAIN = 1.0  # seconds from tables that the engine did not take to the next attempt
-SNAPSHOT_PATIENCE = 2.0  # seconds that a scrape waits for the engine
+SNAPSHOT_PATIENCE = 2.0  # seconds that the engine may take to tell its counters
 
 logger = logging.getLogger(__name__)
 
 
-def run(path: Path) -> int:
-    """Balance as the configuration at `path` says until SIGTERM or SIGINT. Returns an exit status."""
+def run(path: Path, *, watch: bool = False, take_over: bool = False) -> int:
+    """Balance as the configuration at `path` says until SIGTERM or SIGINT. Returns an exit status.
+
+    With `watch` the file is read again whenever it changes. With `take_over` whatever the balancer of the same
+    runtime directory has is taken over from it, and it ends.
+    """
     try:
         config = load_config(path)
     except ConfigErrors as errors:
@@ -63,199 +69,303 @@ def run(path: Path) -> int:
     if lacks:
         return EXIT_FAILED
     # Whoever asks for a reload before there is anything to reload is to wait, and not to end us.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR2})
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(Balancer(path, config).run())
+            runner.run(Balancer(path, config, watch=watch, take_over=take_over).run())
     except (OSError, QuicLbError) as error:
         event(logger, logging.ERROR, "failed", reason=_reason(error))
         return EXIT_FAILED
     return EXIT_OK
 
 
-def missing(config: LbConfig) -> list[str]:
-    """What this machine lacks for the engine that is configured; empty if it has everything."""
-    if config.engine != "xdp":
-        return []
-    from lb.xdp import requirements  # noqa: PLC0415 - the udp engine needs no libbpf
-
-    hosts = {backend.address.host for section in config.services for backend in section.service.backends}
-    return requirements.missing(xdp_settings(config), hosts)
-
-
-def xdp_settings(config: LbConfig) -> XdpSettings:
-    """What the xdp engine is told once."""
-    from lb.xdp.plane import XdpSettings  # noqa: PLC0415 - the udp engine needs no libbpf
-
-    assert config.interface is not None  # noqa: S101 - lb.checks sees to it
-    xdp, limits = config.xdp, config.limits
-    return XdpSettings(
-        interface=config.interface,
-        forward=config.forward,
-        attach=xdp.attach,
-        pin_directory=xdp.pin_directory,
-        source=xdp.source,
-        nat_ports=xdp.nat_ports,
-        constant_time=xdp.constant_time,
-        flows=limits.flows,
-        table_entries=limits.table_entries,
-        idle_timeout=limits.idle_timeout,
-        new_flow_timeout=limits.new_flow_timeout,
-    )
-
-
 class Balancer:
-    """One balancer: the file it was configured from, an engine, health checks and metrics."""
+    """One balancer: the file it was configured from, an engine, health checks, and whoever asks about them.
 
-    def __init__(self, path: Path, config: LbConfig) -> None:
+    It is the `Operations` of the API.
+    """
+
+    def __init__(self, path: Path, config: LbConfig, *, watch: bool = False, take_over: bool = False) -> None:
         self._path = path
         self._config = config
+        self._watch = watch
+        self._directory = runtime_directory(config)
         self._started_at = time.time()
         self._reloaded_at = self._started_at
         self._reloads = {"ok": 0, "refused": 0}
+        self._reload_errors: tuple[str, ...] = ()
+        self._generation = secrets.randbelow(1 << 31)  # not the numbers of the process before, which somebody may hold
         self._stop = asyncio.Event()
+        self._is_upgrading = self._has_handed_over = False
+        self._asked: set[asyncio.Future[None]] = set()  # by signals, and not done yet
         self._stale = asyncio.Event()
         self._changing = asyncio.Lock()
-        self._tables: dict[str, RoutingTable] = {}
-        self._unreachable: dict[tuple[str, str], str] = {}  # service and backend to the reason
+        self._overrides = read_overrides(self._directory / OVERRIDES).only(_names(config))
+        self._activity = Activity()
+        self._rotation = Rotation(config.services, time.monotonic(), rewrite.key_age)
         self._health = HealthMonitor(config.services, self._on_health)
-        self._engine = self._make_engine()
+        self._fleet = Fleet(self._health)
+        self._engine = self._new_engine(take_over=take_over)
+        self._admin: AdminServer | None = None
 
     async def run(self) -> None:
         """Raises OSError if an address cannot be listened on."""
-        loop = asyncio.get_running_loop()
         tables = await self._build(self._config.services)
         await self._engine.start(list(tables.values()))
-        self._tables = tables
-        metrics = None
+        self._fleet.took(tables)
         try:
-            if self._config.admin is not None:
-                metrics = MetricsServer(self._config.admin, functools.partial(self._snapshot, loop))
-                metrics.start()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self._stop.set)
-            loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-            self._health.start()
-            refreshing = asyncio.create_task(self._keep_fresh())
-            event(
-                logger,
-                logging.INFO,
-                "started",
-                config=self._path,
-                engine=self._config.engine,
-                **self._where(),
-                listen=",".join(str(a) for s in self._config.services for a in s.service.listen),
-            )
-            await self._stop.wait()
-            refreshing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await refreshing
+            await self._serve()
         finally:
+            if not self._has_handed_over:  # whoever manages us would take the successor to be stopping too
+                systemd.notify("STOPPING=1")
             self._health.stop()
-            if metrics is not None:
-                metrics.stop()
+            if self._admin is not None:
+                await self._admin.stop()
             await self._engine.stop()
         event(logger, logging.INFO, "stopped", **self._what_stays())
 
-    async def reload(self) -> bool:
-        """Read the configuration again. Any mistake, and the one in force stays. Returns whether it was taken."""
-        async with self._changing:
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        addresses = admin_addresses(self._config)
+        self._admin = AdminServer(self._config.admin, self._config.metrics, addresses, operations=self, loop=loop)
+        await self._admin.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._in_background, "SIGHUP", self.reload)
+        loop.add_signal_handler(signal.SIGUSR2, self._in_background, "SIGUSR2", self.upgrade)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP, signal.SIGUSR2})
+        self._health.start()
+        event(
+            logger,
+            logging.INFO,
+            "started",
+            config=self._path,
+            engine=self._config.engine,
+            **self._where(),
+            listen=",".join(str(a) for s in self._config.services for a in s.service.listen),
+        )
+        systemd.notify("READY=1", f"MAINPID={os.getpid()}")
+        upgrade.say_ready()
+        chores = [self._keep_fresh(), self._keep_counting(), systemd.keep_watchdog_fed()]
+        if self._watch:
+            chores.append(watching.watch(self._files, lambda: self._reload_quietly("watch")))
+        async with _background(*chores):
+            await self._stop.wait()
+
+    # Operations.
+
+    async def snapshot(self) -> Snapshot:
+        async with asyncio.timeout(SNAPSHOT_PATIENCE):
+            counters: Counters = await self._engine.counters()
+        now = time.monotonic()
+        return Snapshot(
+            config=self._config,
+            counters=counters,
+            health=self._health.snapshot(),
+            tables=dict(self._fleet.tables),
+            engine=self._config.engine,
+            workers=self._config.workers,
+            started_at=self._started_at,
+            now=now,
+            reloads=dict(self._reloads),
+            reloaded_at=self._reloaded_at,
+            reload_errors=self._reload_errors,
+            generation=self._generation,
+            overrides=self._overrides,
+            activity=self._activity.copy(),
+            rotation=self._rotation.views(now),
+            weights={service: dict(weights) for service, weights in self._fleet.weights.items()},
+            xdp=self._xdp_info(),
+        )
+
+    async def change(
+        self, service: str, backend: str, change: Change, *, who: str, generation: int | None = None
+    ) -> int:
+        async with self._only_one(generation):
+            self._refuse_change(service, backend, change)
+            before, self._overrides = self._overrides, self._overrides.changed(service, backend, change)
+            if self._overrides != before:
+                try:
+                    await self._apply(self._config.services)
+                except OSError as error:
+                    self._overrides = before
+                    raise Refused("failed", _reason(error)) from error
+                self._generation += 1
+                await self._keep_overrides()
+            event(logger, logging.WARNING, "changed", who=who, service=service, backend=backend, **change)
+            return self._generation
+
+    async def reload(self, *, who: str, generation: int | None = None) -> tuple[str, ...]:
+        async with self._only_one(generation):
+            return await self._reload(who)
+
+    async def rotate(
+        self, service: str, step: RotationStep, *, who: str, generation: int | None = None
+    ) -> tuple[str, ...]:
+        async with self._only_one(generation):
+            await self._count_now()
+            views = self._rotation.views(time.monotonic())
             loop = asyncio.get_running_loop()
+            said = await loop.run_in_executor(None, rewrite.rotate, self._path, service, step, views.get(service, {}))
+            event(
+                logger, logging.WARNING, "changed", who=who, service=service, rotation=step.do, config_id=step.config_id
+            )
             try:
-                config = await loop.run_in_executor(None, load_config, self._path)
-                refused = refuse_reload(self._config, config)
-                if refused:
-                    raise ConfigErrors("reload", refused)
-                self._engine.set_policies(_policies(config))
-                await self._apply(config.services)
+                return (*said, *await self._reload(who, force=step.force))
             except (ConfigErrors, OSError) as error:
-                self._engine.set_policies(_policies(self._config))
-                self._reloads["refused"] += 1
-                for reason in error.exceptions if isinstance(error, ConfigErrors) else (error,):
-                    event(logger, logging.ERROR, "reload-refused", config=self._path, reason=_reason(reason))
-                return False
-            self._config = config
-            self._health.update(config.services)
-            self._reloads["ok"] += 1
-            self._reloaded_at = time.time()
-            event(logger, logging.INFO, "reloaded", config=self._path)
+                reason = "the file has this step now, but the balancer did not take it"
+                raise Refused("failed", reason, *self._reload_errors) from error
+
+    async def upgrade(self, *, who: str) -> int:
+        async with self._only_one(None):
+            event(logger, logging.WARNING, "changed", who=who, upgrade=True)
+            systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            try:
+                return await self._hand_over()
+            except OSError as error:
+                systemd.notify("READY=1")
+                event(logger, logging.ERROR, "upgrade-failed", reason=_reason(error))
+                raise Refused("failed", _reason(error)) from error
+
+    # Changing.
+
+    @asynccontextmanager
+    async def _only_one(self, generation: int | None) -> AsyncIterator[None]:
+        """One change at a time, and none by those who have not seen the latest."""
+        async with self._changing:
+            if generation is not None and generation != self._generation:
+                reason = f"generation {generation}: it is {self._generation} by now: look again"
+                raise Refused("stale", reason)
+            yield
+
+    async def _reload(self, who: str, *, force: bool = False) -> tuple[str, ...]:
+        """Read the configuration again. Raises ConfigErrors or OSError, and then the one in force stays."""
+        loop = asyncio.get_running_loop()
+        systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        before, overrides = self._config, self._overrides
+        try:
+            config = await loop.run_in_executor(None, load_config, self._path)
+            await self._count_now()
+            refused = refuse_reload(before, config)
+            lack = await loop.run_in_executor(None, missing_for_probes, config)
+            refused += [ConfigError("services[].health.probe", lack)] if lack is not None else []
+            refused += [] if force else self._rotation.refuse(config.services, time.monotonic())
+            if refused:
+                raise ConfigErrors("reload", refused)
+            self._engine.set_policies(policies(config))
+            self._overrides = overrides.only(_names(config))
+            await self._apply(config.services)
+        except (ConfigErrors, OSError) as error:
+            self._engine.set_policies(policies(before))
+            self._overrides = overrides
+            self._reloads["refused"] += 1
+            reasons = error.exceptions if isinstance(error, ConfigErrors) else (error,)
+            self._reload_errors = tuple(_reason(reason) for reason in reasons)
+            for reason in self._reload_errors:
+                event(logger, logging.ERROR, "reload-refused", who=who, config=self._path, reason=reason)
+            raise
+        finally:
+            systemd.notify("READY=1")
+        self._config = config
+        self._health.update(config.services)
+        self._rotation.adopt(config.services, time.monotonic())
+        self._reloads["ok"] += 1
+        self._reload_errors = ()
+        self._reloaded_at = time.time()
+        self._generation += 1
+        if self._overrides != overrides:
+            await self._keep_overrides()
+        said = await loop.run_in_executor(None, lambda: changes(describe(before), describe(config)))
+        event(logger, logging.INFO, "reloaded", who=who, config=self._path, changes=len(said))
         self._stale.set()
-        return True
+        return said
 
-    def _make_engine(self) -> UdpEngine | WorkerPool | XdpEngine:
+    async def _reload_quietly(self, who: str) -> None:
+        with contextlib.suppress(ConfigErrors, OSError, Refused):  # logged already, and metrics say so
+            await self.reload(who=who)
+
+    def _refuse_change(self, service: str, backend: str, change: Change) -> None:
+        section = next((s for s in self._config.services if s.service.name == service), None)
+        if section is None:
+            raise Refused("unknown", f"{service}: expected a service")
+        if backend not in (b.name for b in section.service.backends):
+            raise Refused("unknown", f"{backend}: expected a backend of {service}")
+        weight = change.get("weight")
+        if weight is not None and not 0 <= weight <= MAX_WEIGHT:
+            raise Refused("invalid", f"weight: {weight}: expected 0 to {MAX_WEIGHT}")
+        said = self._overrides.changed(service, backend, change)
+        weights = (
+            w if (w := said.of(service, b.name).weight) is not None else b.weight for b in section.service.backends
+        )
+        if not any(weights):
+            raise Refused("conflict", f"every weight of {service} would be 0: nobody would take new connections")
+
+    async def _keep_overrides(self) -> None:
+        """What the operator said outlives the process. If it cannot, it is in force all the same."""
+        path = self._directory / OVERRIDES
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, write_overrides, path, self._overrides)
+        except OSError as error:
+            event(
+                logger,
+                logging.ERROR,
+                "overrides-not-kept",
+                file=path,
+                reason=_reason(error),
+                meaning="what was changed is in force, and forgotten with this process",
+            )
+
+    async def _hand_over(self) -> int:
+        """Start a successor, and end once it has everything. Raises OSError if it did not come about."""
+        assert self._admin is not None  # noqa: S101 - changes are asked for while it runs
+        self._is_upgrading = True
         if self._config.engine == "xdp":
-            from lb.xdp.engine import XdpEngine  # noqa: PLC0415 - the udp engine needs no libbpf
+            await self._engine.stop()  # the program stays, and with it all flows
+        await self._admin.release()
+        try:
+            successor = await upgrade.start_successor(self._path, watch=self._watch)
+        except OSError:
+            self._is_upgrading = False
+            if self._config.engine == "xdp":
+                self._engine = self._new_engine()
+                await self._engine.start(list(self._fleet.tables.values()))
+            await self._admin.start()
+            raise
+        event(logger, logging.INFO, "handed-over", successor=successor)
+        systemd.notify(f"MAINPID={successor}", "READY=1")
+        self._has_handed_over = True
+        self._stop.set()
+        return successor
 
-            return XdpEngine(
-                xdp_settings(self._config),
-                _policies(self._config),
-                suspect=self._health.suspect,
-                on_reachable=self._on_reachable,
-            )
-        limits = self._config.limits
-        udp_limits = UdpLimits(
-            flows=limits.flows,
-            sockets=limits.sockets or _socket_limit(self._config),
-            idle_timeout=limits.idle_timeout,
-            new_flow_timeout=limits.new_flow_timeout,
-            socket_buffer=limits.socket_buffer,
-        )
-        directory = self._config.runtime_directory or default_runtime_directory()
-        return_paths = functools.partial(open_return_paths, directory, limits.flows)
-        if self._config.workers > 1:
-            settings = WorkerSettings(
-                udp_limits, _policies(self._config), return_paths, self._config.log.format, self._config.log.level
-            )
-            return WorkerPool(self._config.workers, settings, suspect=self._health.suspect)
-        return UdpEngine(
-            udp_limits,
-            _policies(self._config),
-            suspect=self._health.suspect,
-            return_paths=return_paths(0),
-        )
+    def _on_handed_over(self) -> None:
+        """A successor has the sockets: nothing comes here any more."""
+        if not self._is_upgrading:  # by somebody's hand; otherwise it will say when it is ready
+            self._has_handed_over = True
+            self._stop.set()
 
-    async def _apply(self, services: Sequence[ServiceConfig]) -> None:
-        """Have the engine obey what configuration and health say now. Raises OSError, with nothing changed."""
+    # Tables.
+
+    async def _apply(self, services: tuple[ServiceConfig, ...]) -> None:
+        """Have the engine obey what configuration, operator and health say now. Raises OSError: nothing has changed."""
         tables = await self._build(services)
         await self._engine.apply(list(tables.values()))
-        before, self._tables = self._tables, tables
-        for name, table in tables.items():
-            _say_if_failing_open(name, before.get(name), table)
+        self._fleet.took(tables)
 
-    async def _build(self, services: Sequence[ServiceConfig]) -> dict[str, RoutingTable]:
-        """Tables from configuration and health. A new ring takes a while: not on the loop that moves packets."""
-        await self._look_around(services)
-        loop = asyncio.get_running_loop()
-        tables = {}
-        for config in services:
-            service = config.service
-            states, before = self._states(service), self._tables.get(service.name)
-            if before is not None and before.fail_open and BackendState.ACTIVE in states.values():
-                # One backend is back, the others will be asked in a moment. Nobody is dead until they have been.
-                self._health.doubt(service.name)
-            dead = self._health.dead(service.name)
-            tables[service.name] = await loop.run_in_executor(
-                None, RoutingTable.build, service, _with_drains(config, states), dead
-            )
-        return tables
+    async def _build(self, services: tuple[ServiceConfig, ...]) -> dict[str, RoutingTable]:
+        if self._config.engine == "xdp":
+            hosts = {(s.service.name, b.name): b.address.host for s in services for b in s.service.backends}
+            self._fleet.look_around(hosts, await self._xdp_engine.unreachable(hosts))
+        return await self._fleet.build(services, self._overrides)
 
-    def _states(self, service: Service) -> dict[str, BackendState]:
-        """What is known of backends: those that no packet can be sent to are DOWN, whatever they answer to probes."""
-        out_of_reach = (name for known, name in self._unreachable if known == service.name)
-        return self._health.states(service.name) | dict.fromkeys(out_of_reach, BackendState.DOWN)
-
-    async def _look_around(self, services: Sequence[ServiceConfig]) -> None:
-        """Ask the engine whom it cannot send to, newcomers among them: they are to be DOWN from the beginning."""
-        if self._config.engine != "xdp":
-            return
-        hosts = {(s.service.name, b.name): b.address.host for s in services for b in s.service.backends}
-        before, self._unreachable = self._unreachable, await cast("XdpEngine", self._engine).unreachable(hosts)
-        for (service, backend), reason in self._unreachable.items():
-            if (service, backend) not in before:
-                event(logger, logging.WARNING, "backend-unreachable", service=service, backend=backend, reason=reason)
-        for service, backend in hosts.keys() & before.keys() - self._unreachable.keys():
-            event(logger, logging.INFO, "backend-reachable", service=service, backend=backend)
+    def _new_engine(self, *, take_over: bool = False) -> Running:
+        return make_engine(
+            self._config,
+            self._directory,
+            suspect=self._health.suspect,
+            on_reachable=self._on_reachable,
+            take_over=take_over,
+            on_handed_over=self._on_handed_over,
+        )
 
     def _on_reachable(self, _service: str, _backend: str, _is_reachable: bool) -> None:
         self._stale.set()
@@ -263,9 +373,22 @@ class Balancer:
     def _on_health(self, _service: str) -> None:
         self._stale.set()
 
-    def _on_hangup(self) -> None:
-        task = asyncio.ensure_future(self.reload())
-        task.add_done_callback(_raise)
+    def _in_background(self, who: str, do: Callable[..., Coroutine[None, None, object]]) -> None:
+        """What a signal asks for. Whoever sent it hears of what went wrong in the log."""
+
+        async def call() -> None:
+            try:
+                await do(who=who)
+            except (ConfigErrors, OSError, Refused):
+                pass  # logged where it happened
+            except Exception:  # a signal must not end a balancer
+                logger.exception("%s", who)
+
+        task = asyncio.ensure_future(call())
+        self._asked.add(task)
+        task.add_done_callback(self._asked.discard)
+
+    # Chores.
 
     async def _keep_fresh(self) -> None:
         """Turn what the health checks say into tables, as often as they say something new."""
@@ -280,29 +403,52 @@ class Balancer:
                 self._stale.set()
                 await asyncio.sleep(APPLY_AGAIN)
 
-    def _snapshot(self, loop: asyncio.AbstractEventLoop) -> Snapshot:
-        """For the metrics thread. Raises TimeoutError if the engine does not answer in time."""
-        return asyncio.run_coroutine_threadsafe(self._collect(), loop).result(SNAPSHOT_PATIENCE)
+    async def _keep_counting(self) -> None:
+        """Look at the counters, and at what time alone changes, every INTERVAL."""
+        while True:
+            try:
+                if not self._is_upgrading:
+                    await self._count()
+            except Exception:  # an engine that does not answer now may do so in a moment
+                logger.exception("the counters were not to be had")
+            await asyncio.sleep(INTERVAL)
 
-    async def _collect(self) -> Snapshot:
-        counters: Counters = await self._engine.counters()
-        return Snapshot(
-            counters=counters,
-            health=self._health.snapshot(),
-            tables=dict(self._tables),
-            engine=self._config.engine,
-            workers=self._config.workers,
-            xdp=self._xdp_info(),
-            started_at=self._started_at,
-            reloads=dict(self._reloads),
-            reloaded_at=self._reloaded_at,
-        )
+    async def _count(self) -> None:
+        async with asyncio.timeout(SNAPSHOT_PATIENCE):
+            counters = await self._engine.counters()
+        self._activity.observe(counters, time.monotonic())
+        self._note_config_ids(counters)
+        if self._fleet.is_due():
+            self._stale.set()
+
+    async def _count_now(self) -> None:
+        """Not even the last second's packets are to be missed when it is asked whether a config ID is in use."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SNAPSHOT_PATIENCE):
+                self._note_config_ids(await self._engine.counters())
+
+    def _note_config_ids(self, counters: Counters) -> None:
+        counts = {name: service.config_ids for name, service in counters.services.items()}
+        self._rotation.observe(counts, time.monotonic())
+
+    def _files(self) -> list[Path]:
+        """The files that the configuration was read from."""
+        admin = self._config.admin
+        keys = (path for s in self._config.services for path in (*s.key_files.values(), *s.reset_key_files.values()))
+        tokens = (path for path in (admin.read_token_file, admin.write_token_file) if path is not None)
+        return [self._path, *keys, *tokens]
+
+    # What is said about the engine.
+
+    @property
+    def _xdp_engine(self) -> XdpEngine:
+        return cast("XdpEngine", self._engine)
 
     def _xdp_info(self) -> XdpInfo | None:
         config = self._config
         if config.interface is None:
             return None
-        return XdpInfo(config.interface, cast("XdpEngine", self._engine).attach_mode, config.forward.name.lower())
+        return XdpInfo(config.interface, self._xdp_engine.attach_mode, config.forward.name.lower())
 
     def _where(self) -> dict[str, object]:
         """What the log says about the engine that was started."""
@@ -311,98 +457,27 @@ class Balancer:
 
     def _what_stays(self) -> dict[str, object]:
         """What the log says about an engine that was stopped."""
-        if self._config.engine != "xdp":
+        if self._config.engine != "xdp" or self._has_handed_over:
             return {}
         command = f"quiclb xdp detach --interface {self._config.interface}"
         return {"meaning": f"packets keep flowing, by the last tables; {command} ends that"}
 
 
-def _say_if_failing_open(name: str, before: RoutingTable | None, table: RoutingTable) -> None:
-    was_open = before is not None and before.fail_open
-    if table.fail_open and not was_open:
-        event(
-            logger,
-            logging.ERROR,
-            "fail-open",
-            service=name,
-            meaning="every backend fails its health checks; forwarding to all of them all the same, resets off",
-        )
-    elif was_open and not table.fail_open:
-        event(logger, logging.INFO, "fail-open-over", service=name)
-
-
-def default_runtime_directory() -> Path:
-    """Where files go that should survive the process but not the machine."""
-    given = os.environ.get("RUNTIME_DIRECTORY")  # systemd's
-    if given:
-        return Path(given.partition(":")[0])
-    if os.geteuid() == 0:
-        return Path("/run/quiclb")
-    user = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(user) / "quiclb" if user else Path(tempfile.gettempdir()) / f"quiclb-{os.geteuid()}"
-
-
-def open_return_paths(directory: Path, flows: int, worker: int) -> ReturnPaths | None:
-    """The return path file of one worker; None, and a word in the log, if there can be none."""
+@asynccontextmanager
+async def _background(*chores: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Do chores until the end of the block."""
+    tasks = [asyncio.create_task(chore) for chore in chores]
     try:
-        return ReturnPaths(directory / f"flows-{worker}.map", flows)
-    except OSError as error:
-        event(
-            logger,
-            logging.WARNING,
-            "no-return-paths",
-            directory=directory,
-            reason="in use by another quiclb" if isinstance(error, BlockingIOError) else _reason(error),
-            meaning="flows of this process will not survive a crash",
-        )
-        return None
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _policies(config: LbConfig) -> dict[str, ServicePolicy]:
-    limits = config.limits
-    return {
-        service.service.name: ServicePolicy(
-            router=RouterLimits(
-                table_entries=limits.table_entries,
-                idle_timeout=limits.idle_timeout,
-                new_flow_timeout=limits.new_flow_timeout,
-                new_flows_rate=limits.new_flows_rate,
-                reset_rate=service.resets.rate,
-                reset_prefix_rate=service.resets.prefix_rate,
-            ),
-            push_rate=service.resets.push_rate if service.resets.push else 0,
-            silence=service.health.silence,
-        )
-        for service in config.services
-    }
-
-
-def _with_drains(config: ServiceConfig, states: Mapping[str, BackendState]) -> dict[str, BackendState]:
-    """Health has the last word: a backend that is drained may still die."""
-    drained = dict.fromkeys(config.draining, BackendState.DRAINING)  # those too that nobody has probed yet
-    return drained | {
-        name: drained.get(name, state) if state is BackendState.ACTIVE else state for name, state in states.items()
-    }
-
-
-def _socket_limit(config: LbConfig) -> int:
-    """As many sockets as the descriptor limit allows, raised to what we may raise it to."""
-    spare = SPARE_DESCRIPTORS + sum(
-        len(s.service.listen) + PROBE_DESCRIPTORS * len(s.service.backends) for s in config.services
-    )
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    unlimited = 1 << 20
-    return max(1, (unlimited if soft == resource.RLIM_INFINITY else soft) - spare)
+def _names(config: LbConfig) -> set[tuple[str, str]]:
+    return {(s.service.name, b.name) for s in config.services for b in s.service.backends}
 
 
 def _reason(error: Exception) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-
-
-def _raise(task: asyncio.Future[bool]) -> None:
-    if not task.cancelled():
-        task.result()

@@ -8,7 +8,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lb.cid import CidConfig
-from lb.config import Forward, HealthConfig, LbConfig, Limits, LogConfig, ResetConfig, ServiceConfig, XdpConfig
+from lb.config import (
+    AdminConfig,
+    Forward,
+    HealthConfig,
+    LbConfig,
+    Limits,
+    LogConfig,
+    Phase,
+    Probe,
+    ResetConfig,
+    RotationConfig,
+    ServiceConfig,
+    XdpConfig,
+)
 from lb.routing import RING_SLOTS, BackendState, CidSlot, RoutingTable, UnknownServer
 from lb.schema import Record
 
@@ -26,7 +39,8 @@ def describe(config: LbConfig) -> dict[str, Any]:
         "forward": config.forward.name.lower() if config.engine == "xdp" else None,
         "xdp": Record(XdpConfig).to_json(config.xdp) if config.engine == "xdp" else None,
         "runtime-directory": None if config.runtime_directory is None else str(config.runtime_directory),
-        "admin": None if config.admin is None else str(config.admin),
+        "admin": Record(AdminConfig).to_json(config.admin),
+        "metrics": None if config.metrics is None else str(config.metrics),
         "log": Record(LogConfig).to_json(config.log),
         "limits": Record(Limits).to_json(config.limits),
         "services": [_service(service) for service in config.services],
@@ -38,6 +52,9 @@ def advice(config: LbConfig) -> Iterator[tuple[str, str]]:
     """What is allowed and may be meant, but may be regretted: path and message."""
     if config.engine == "xdp":
         yield from _xdp_advice(config)
+    admin = config.admin
+    if admin.certificate_file is None and (admin.read_token_file or admin.write_token_file):
+        yield "admin", "tokens without certificate-file: whoever can listen on the way can use them"
     for i, section in enumerate(config.services):
         service = section.service
         if not service.cid_slots:
@@ -64,31 +81,35 @@ def _xdp_advice(config: LbConfig) -> Iterator[tuple[str, str]]:
         )
     if config.xdp.source and config.forward in (Forward.DNAT, Forward.L2):
         yield "xdp.source", f"forward: {mode} has no use for it: packets keep their sender's address"
-    for name, value in (
-        ("runtime-directory", config.runtime_directory),
-        ("limits.sockets", config.limits.sockets),
-    ):
-        if value is not None:
-            yield name, "engine: xdp has no use for it"
+    if config.limits.sockets is not None:
+        yield "limits.sockets", "engine: xdp has no use for it"
+    if config.log.flows:
+        yield "log.flows", "engine: xdp has no use for it: quiclb xdp sample shows packets"
 
 
 def render(name: str, described: Mapping[str, Any]) -> str:
     """A description as text, for the file `name`."""
-    metrics = f"metrics {'at ' + described['admin'] if described['admin'] else 'not served'}"
+    metrics = f"metrics {'at ' + described['metrics'] if described['metrics'] else 'not served'}"
     if described["xdp"] is None:
         directory = described["runtime-directory"] or "by default"
         engine = f"engine udp, workers {described['workers']}, runtime directory {directory}"
     else:
         engine = f"engine xdp on {described['interface']}, forward {described['forward']}"
     lines = [f"{name}: ok", f"{engine}, {metrics}"]
-    lines += [f"{section}: {_pairs(described[section])}" for section in ("xdp", "log", "limits") if described[section]]
+    admin = {name: value for name, value in described["admin"].items() if value not in (None, [])}
+    lines += [f"xdp: {_pairs(described['xdp'])}"] if described["xdp"] else []
+    lines.append(f"admin: {_pairs(admin) or 'by default'}")
+    lines += [f"{section}: {_pairs(described[section])}" for section in ("log", "limits")]
     for service in described["services"]:
         lines.append(f"service {service['name']}")
         lines.append(f"  listen {', '.join(service['listen'])}")
         lines.append(f"  seed {'given' if service['seed'] else 'none'}, unknown-server {service['unknown-server']}")
         lines += [f"  {_cid_config_line(cid_config)}" for cid_config in service["cid-configs"]]
         lines += [f"  {_backend_line(backend)}" for backend in service["backends"]]
-        lines += [f"  {section}: {_pairs(service[section])}" for section in ("health", "resets")]
+        asks_for_a_page = service["health"]["probe"] == Probe.HTTP3
+        health = {name: value for name, value in service["health"].items() if name != "http3" or asks_for_a_page}
+        lines.append(f"  health: {_pairs(health)}")
+        lines += [f"  {section}: {_pairs(service[section])}" for section in ("resets", "rotation")]
     machine = described.get("machine")
     if machine is not None and not machine["lacks"]:
         verified = machine["verified-instructions"]
@@ -120,7 +141,7 @@ def _service(section: ServiceConfig) -> dict[str, Any]:
         "listen": [str(address) for address in service.listen],
         "seed": bool(service.seed),
         "unknown-server": UnknownServer(service.unknown_server).name.lower(),
-        "cid-configs": [_cid_config(slot) for slot in service.cid_slots],
+        "cid-configs": [_cid_config(slot, section) for slot in service.cid_slots],
         "backends": [
             {
                 "name": backend.name,
@@ -137,13 +158,15 @@ def _service(section: ServiceConfig) -> dict[str, Any]:
         ],
         "health": Record(HealthConfig).to_json(section.health),
         "resets": Record(ResetConfig).to_json(section.resets),
+        "rotation": Record(RotationConfig).to_json(section.rotation),
     }
 
 
-def _cid_config(slot: CidSlot) -> dict[str, Any]:
+def _cid_config(slot: CidSlot, section: ServiceConfig) -> dict[str, Any]:
     config = slot.config
     return {
         "config-id": config.config_id,
+        "phase": str(section.phases.get(config.config_id, Phase.ACTIVE)),
         "algorithm": config.algorithm,
         "aes-blocks-per-packet": aes_blocks(config),
         "server-id-length": config.server_id_length,
@@ -163,7 +186,7 @@ def _cid_config_line(described: Mapping[str, Any]) -> str:
         cost += " (1 if the lengths added up to 16)"
     appended = f" + {described['appended-length']} appended" if described["appended-length"] else ""
     return (
-        f"config ID {described['config-id']}: {described['algorithm']}, "
+        f"config ID {described['config-id']}: {described['phase']}, {described['algorithm']}, "
         f"1 + {described['server-id-length']} server ID + {described['nonce-length']} nonce{appended}"
         f" = {described['cid-length']} octets{', the first says so' if described['encodes-length'] else ''}, {cost}, "
         f"key {described['key-fingerprint'] or 'none'}, reset key {described['reset-key-fingerprint'] or 'none'}"
@@ -183,7 +206,10 @@ def _backend_line(described: Mapping[str, Any]) -> str:
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {_word(value)}" for name, value in values.items())
+    return ", ".join(
+        f"{name} ({_pairs(value)})" if isinstance(value, dict) else f"{name} {_word(value)}"
+        for name, value in values.items()
+    )
 
 
 def _word(value: object) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from lb.config import HealthConfig
+from lb.config import HealthConfig, Probe
 from lb.routing import BackendState
 
-RESULTS = ("answered", "timeout", "refused", "unsent")  # what becomes of a probe
+RESULTS = ("answered", "wrong-answer", "timeout", "refused", "unsent")  # what becomes of a probe
 CLEARED_BY = 2  # answers that end a suspicion
+MOST_CONNECTIONS = 8  # probes on their way at a time, where each is a connection with its keys and buffers
 COOL_DOWN = 0.5  # seconds, at least, from the end of a suspicion to the next one
 
 
@@ -24,7 +25,7 @@ class HealthCheck:
     on their way, an answer to a later one outweighs the loss of an earlier one.
 
     `dead` is set once it has been DOWN without one sign of life for `hold_off` seconds. An answer that is too late
-    to count as a success is a sign of life all the same.
+    to count as a success, or that is not the wanted one, is a sign of life all the same.
 
     The caller calls `poll` whenever `wakeup()` says (and oftener if it likes), sends what it asks for, and reports
     outcomes. All times are seconds of one clock that only goes forward; `random()` is uniform in [0, 1).
@@ -36,8 +37,9 @@ class HealthCheck:
         self.state = BackendState.ACTIVE
         self.dead = False
         self.changes = 0  # of `state`
+        self.since: float | None = None  # when it changed
         self.results = dict.fromkeys(RESULTS, 0)
-        self.reason = ""  # of the latest failure: `timeout`, `refused` or `no-route`
+        self.reason = ""  # of the latest failure: `timeout`, `refused`, `no-route`, or what is wrong with an answer
         self._random = random
         self._start = start
         self._last_sent = float("-inf")
@@ -52,6 +54,7 @@ class HealthCheck:
         # failed since.
         self._quiet_since = 0.0
         self._unanswered = False
+        self._asked = 0  # probes since then, while DOWN
         self._suspected: float | None = None  # since when
         self._suspect_from = 0  # the first probe that may clear the suspicion
         self._calm_until = float("-inf")
@@ -71,9 +74,8 @@ class HealthCheck:
 
         Answers that are waiting somewhere should be reported first.
         """
-        self._forgive(now - self.wakeup(), now)
-        while self._deadlines and next(iter(self._deadlines.values())) <= now:
-            self._failed(next(iter(self._deadlines)), now, "timeout", "timeout")
+        for probe in self.overdue(now):
+            self._failed(probe, now, "timeout", "timeout")
         if self._suspected is not None and now >= self._suspected + self._suspicion_length():
             self._calm_down(now)
         if self._suspect_next and now >= self._calm_until:
@@ -84,26 +86,41 @@ class HealthCheck:
         if now < self._next_probe():
             return None
         self._probes += 1
+        self._asked += 1
         self._last_sent = now
         self._spread = 1 + self.config.jitter * (2 * self._random() - 1)
         self._deadlines[self._probes] = now + self.config.timeout
         return self._probes
 
+    def overdue(self, now: float) -> list[int]:
+        """The probes that will have timed out when `poll` is called now."""
+        self._forgive(now - self.wakeup(), now)
+        return [probe for probe, deadline in self._deadlines.items() if deadline <= now]
+
     def on_reply(self, probe: int, now: float) -> None:
         """The backend answered a probe, in time or not."""
-        self.dead = False
-        self._begin_hold_off(now)
+        self.on_sign_of_life(now)
         if self._deadlines.pop(probe, None) is None:
             return  # it has failed already; that stands
         self.results["answered"] += 1
         self._outcome(probe, True)
         if self.state is BackendState.DOWN and self._row(True) >= self.config.rise:
-            self.state = BackendState.ACTIVE
-            self.changes += 1
+            self._change(BackendState.ACTIVE, now)
         if self._suspected is not None:
             answered = sum(1 for p in self._run if p >= self._suspect_from) if self._run_answered else 0
             if answered >= CLEARED_BY:
                 self._calm_down(now)
+
+    def on_wrong(self, probe: int, reason: str, now: float) -> None:
+        """The backend answered a probe, but that is not the answer of a healthy one."""
+        if probe in self._deadlines:
+            self._failed(probe, now, "wrong-answer", reason)
+        self.on_sign_of_life(now)
+
+    def on_sign_of_life(self, now: float) -> None:
+        """The backend sent something that only a living one can send: it is not dead, and the hold-off begins anew."""
+        self.dead = False
+        self._begin_hold_off(now)
 
     def on_refused(self, probe: int, now: float) -> None:
         """The network returned a probe: nobody listens there."""
@@ -147,19 +164,39 @@ class HealthCheck:
         self.dead = False
         self._begin_hold_off(now)
 
+    def reconfigure(self, config: HealthConfig, hold_off: float, now: float) -> None:
+        """Go on by other rules. If another question is asked, what became of the earlier ones counts no more."""
+        if config.probe is not self.config.probe:
+            self._deadlines.clear()
+            self._run.clear()
+            if not self.dead:
+                self._begin_hold_off(now)
+        self.config = config
+        self.hold_off = hold_off
+
     def _next_probe(self) -> float:
         config = self.config
         rising = self.state is BackendState.DOWN and self._row(True) > 0
-        if rising or self._suspected is not None:
+        if rising or self._suspected is not None:  # before the start, too
             due = self._last_sent + min(config.suspect_interval, config.interval)
         else:
-            due = self._last_sent + config.interval * self._spread
+            due = max(self._last_sent + self._interval() * self._spread, self._start)
             if self.state is BackendState.DOWN and not self.dead:
                 # Nobody is declared dead without having been asked at the last moment.
                 last_question = self._quiet_since + self.hold_off - config.timeout
                 if self._last_sent < last_question < due:
                     due = last_question
-        return max(due, self._start)
+        if config.probe is Probe.HTTP3 and len(self._deadlines) >= MOST_CONNECTIONS:
+            due = max(due, min(self._deadlines.values()))
+        return due
+
+    def _interval(self) -> float:
+        """Longer and longer while nobody answers, if there is something that it may grow to."""
+        config = self.config
+        if self.state is BackendState.ACTIVE or config.max_interval is None:
+            return config.interval
+        doublings = min(self._asked, 30)  # 20 of them make hours of 10 ms
+        return max(config.interval, min(config.interval * 2.0**doublings, config.max_interval))
 
     def _forgive(self, late: float, now: float) -> None:
         """A balancer that was stopped, or starved, for longer than a probe may take has not been listening."""
@@ -174,8 +211,7 @@ class HealthCheck:
         self.reason = reason
         self._unanswered = True
         if self.state is BackendState.ACTIVE and self._row(False) >= self.config.fall:
-            self.state = BackendState.DOWN
-            self.changes += 1
+            self._change(BackendState.DOWN, now)
             self._begin_hold_off(now)
             self._calm_down(now)
             self._suspect_next = False
@@ -183,6 +219,12 @@ class HealthCheck:
     def _begin_hold_off(self, now: float) -> None:
         self._quiet_since = now
         self._unanswered = False
+        self._asked = 0
+
+    def _change(self, state: BackendState, now: float) -> None:
+        self.state = state
+        self.since = now
+        self.changes += 1
 
     def _outcome(self, probe: int, answered: bool) -> None:
         if answered is self._run_answered:
@@ -215,14 +257,20 @@ class HealthCheck:
 
 @dataclass(frozen=True, slots=True)
 class BackendHealth:
-    """What is known about one backend at one moment. `results` counts probes by what became of them."""
+    """What is known about one backend at one moment. `results` counts probes by what became of them.
+
+    `since` is when the state changed, by the monotonic clock; None if it never did. `reason` is why the latest probe
+    that failed did so; empty if none did.
+    """
 
     state: BackendState = BackendState.ACTIVE
     dead: bool = False
     changes: int = 0  # of state
     results: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(RESULTS, 0))
     ignored: int = 0  # datagrams that answer no probe
-    round_trip: float | None = None  # seconds, of the latest answer
+    round_trip: float | None = None  # seconds, of the latest answer; with `probe: http3` of the whole exchange
+    since: float | None = None
+    reason: str = ""
 
 
 HealthSnapshot = dict[str, dict[str, BackendHealth]]  # by service and backend

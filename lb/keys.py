@@ -23,6 +23,8 @@ from lb.kinds import (
     Flag,
     Fraction,
     Hex,
+    HostName,
+    HttpAddress,
     Integer,
     InterfaceName,
     IpAddress,
@@ -30,7 +32,10 @@ from lb.kinds import (
     PortRange,
     Secret,
     Size,
+    StatusRange,
+    Text,
     UdpAddress,
+    UrlPath,
 )
 from lb.routing import Service, UnknownServer
 from lb.schema import INVALID, ListOf, MappingOf, Reading, Record, key
@@ -47,7 +52,24 @@ class Probe(StrEnum):
     """How a backend's health is asked for."""
 
     VERSION_NEGOTIATION = "version-negotiation"
+    HTTP3 = "http3"
     NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Http3Config:
+    """What a backend is asked for with `probe: http3`, and which answer is a good one."""
+
+    path: str = key(UrlPath(), "What is asked for.", "/")
+    server_name: str | None = key(
+        HostName(), "The name that it is asked for by. By default the backend's address.", None
+    )
+    status: range = key(StatusRange(), "Status codes that are a success.", range(200, 300))
+    body: str | None = key(Text(256), "A text that the body must contain, within its first 64 KiB.", None)
+    verify: bool = key(Flag(), "Whether the server's certificate must be good for the name.", False)
+    ca_file: Path | None = key(
+        FileName(), "With `verify`: certificates to trust, in PEM. By default the system's.", None
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +78,7 @@ class HealthConfig:
 
     probe: Probe = key(
         Choice({str(p): p for p in Probe}),
-        "What a backend is asked: to negotiate the version, as every QUIC server must, or nothing at all.",
+        "What a backend is asked: to negotiate the version, as every QUIC server must, for a page, or nothing at all.",
         Probe.VERSION_NEGOTIATION,
     )
     interval: float = key(Duration(0.01, 3600), "Time from one probe to the next.", 1.0)
@@ -72,6 +94,23 @@ class HealthConfig:
         "How long a backend may send nothing while it gets traffic and not be suspected; 0s: ever.",
         0.5,
     )
+    max_interval: float | None = key(
+        Duration(0.01, 3600),
+        "Back-off: while a backend is DOWN the time between probes doubles up to this. By default it does not.",
+        None,
+    )
+    panic_threshold: float = key(
+        Fraction(0, 1),
+        "With fewer of the backends ACTIVE than this, the health checks are not believed: all take connections and "
+        "nobody is reset. With none ACTIVE that is so in any case.",
+        0.0,
+    )
+    slow_start: float = key(
+        Duration(0, 3600),
+        "How long a backend that rises takes to get its whole share of new connections; 0s: no time.",
+        0.0,
+    )
+    http3: Http3Config = key(Record(Http3Config), "With `probe: http3`: the question and the answer.", Http3Config())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +165,54 @@ class LogConfig:
         "The least important level that is logged.",
         "info",
         restart=True,
+    )
+    flows: float = key(
+        Fraction(0, 1), "With `engine: udp`: how many of the new flows are logged, chosen by chance.", 0.0, restart=True
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdminConfig:
+    """Who may look at a running balancer and change it, and where."""
+
+    listen: tuple[Path | Address, ...] | None = key(
+        ListOf(HttpAddress(), 0, 8),
+        "Where the API and the status page are. By default `unix:admin.sock` in the runtime directory.",
+        None,
+        restart=True,
+    )
+    read_token_file: Path | None = key(
+        FileName(), "File with the bearer token, at least 16 characters, of those who may look.", None, restart=True
+    )
+    write_token_file: Path | None = key(
+        FileName(), "The same, of those who may change something as well.", None, restart=True
+    )
+    certificate_file: Path | None = key(
+        FileName(), "TLS on all addresses but unix sockets: the certificates, in PEM.", None, restart=True
+    )
+    key_file: Path | None = key(FileName(), "Its private key, in PEM.", None, restart=True)
+    client_ca_file: Path | None = key(
+        FileName(),
+        "Who signs the certificates of clients, in PEM. With one of those a client may look.",
+        None,
+        restart=True,
+    )
+    writers: tuple[str, ...] = key(
+        ListOf(Text(128), 0, 64),
+        "Common names of client certificates that may change something as well.",
+        (),
+        restart=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RotationConfig:
+    """When a CID configuration is out of use; times in seconds."""
+
+    guard: float = key(
+        Duration(0, 168 * 3600),
+        "How long no packet may have come with a config ID before it is free for another configuration.",
+        300.0,
     )
 
 
@@ -196,9 +283,23 @@ def read_key_file(name: Path | None, length: int, path: str, reading: Reading) -
         return reading.mistake(path, str(error))
 
 
+class Phase(StrEnum):
+    """Where a CID configuration is in its life: balancers know it; servers issue it; they do so no more."""
+
+    PREPARED = "prepared"
+    ACTIVE = "active"
+    RETIRING = "retiring"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CidConfigKeys(CidKeys):
     """One of `cid-configs`."""
+
+    phase: Phase = key(
+        Choice({str(p): p for p in Phase}),
+        "Whether servers issue it not yet, now, or no more. Balancers decode it in any case.",
+        Phase.ACTIVE,
+    )
 
     encodes_length: bool = key(Flag(), "Whether the first octet of the servers' CIDs holds the CID's length.", False)
     reset_key_file: Path | None = key(
@@ -241,16 +342,24 @@ class ServiceKeys:
     )
     health: HealthConfig = key(Record(HealthConfig), "How backends are watched.", HealthConfig())
     resets: ResetConfig = key(Record(ResetConfig), "How clients of a dead server are told.", ResetConfig())
+    rotation: RotationConfig = key(Record(RotationConfig), "When a CID configuration is out of use.", RotationConfig())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConfig:
-    """One service: what to route, how to watch its backends, when to reset. `draining` names backends."""
+    """One service: what to route, how to watch its backends, when to reset.
+
+    `draining` names backends. `phases` and the files of keys are by config ID; not every one has files.
+    """
 
     service: Service
     health: HealthConfig = field(default_factory=HealthConfig)
     resets: ResetConfig = field(default_factory=ResetConfig)
+    rotation: RotationConfig = field(default_factory=RotationConfig)
     draining: frozenset[str] = frozenset()
+    phases: Mapping[ConfigId, Phase] = field(default_factory=dict)
+    key_files: Mapping[ConfigId, Path] = field(default_factory=dict)
+    reset_key_files: Mapping[ConfigId, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,12 +387,14 @@ class LbConfig:
     xdp: XdpConfig = key(Record(XdpConfig), "With `engine: xdp`: how it takes hold of the interface.", XdpConfig())
     runtime_directory: Path | None = key(
         FileName(),
-        "Where return paths are kept, so that a crash loses no flow. By default $RUNTIME_DIRECTORY or its like.",
+        "Where return paths, the operator's changes and sockets are kept, so that a crash loses no flow. "
+        "By default $RUNTIME_DIRECTORY or its like.",
         None,
         restart=True,
     )
-    admin: Address | None = key(
-        UdpAddress(), "Where /metrics is served over HTTP (TCP). By default nowhere.", None, restart=True
+    admin: AdminConfig = key(Record(AdminConfig), "Who may look and change something, and where.", AdminConfig())
+    metrics: Address | None = key(
+        UdpAddress(), "Where /metrics is served over HTTP (TCP) to anybody. By default nowhere.", None, restart=True
     )
     log: LogConfig = key(Record(LogConfig), "What is logged.", LogConfig())
     limits: Limits = key(Record(Limits), "What may be held.", Limits())

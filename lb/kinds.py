@@ -15,6 +15,8 @@ from lb.address import MAX_PORT, Address
 from lb.document import Node, Scalar, shown
 from lb.schema import INVALID, Kind, Reading, did_you_mean, noun
 
+MAX_SOCKET_PATH = 107  # octets: sun_path of unix(7), without its zero
+
 _YAML_TAKES = {
     "int": "an integer",
     "float": "a number",
@@ -235,6 +237,84 @@ class FileName(TextKind):
 
     def json_schema(self) -> dict[str, Any]:
         return {"type": "string", "minLength": 1, "not": {"pattern": "^(?:[0-9A-Fa-f]{32}|[0-9A-Fa-f]{64})$"}}
+
+
+class HttpAddress(TextKind):
+    """Where HTTP is served: an address and a port, or a unix socket."""
+
+    words = "ADDRESS:PORT, as in 127.0.0.1:9100, or unix:PATH"
+
+    def parse_text(self, text: str, reading: Reading) -> Address | Path:
+        if not text.isprintable():
+            raise ValueError
+        if text.startswith("unix:"):
+            path = reading.directory / text.removeprefix("unix:")
+            if text == "unix:" or len(str(path).encode()) > MAX_SOCKET_PATH:
+                raise ValueError(f"{shown(text)}: expected a path of 1 to {MAX_SOCKET_PATH} octets behind unix:")
+            return path
+        if len(text) > 80:
+            raise ValueError
+        return Address.parse(text)
+
+    def to_json(self, value: Address | Path) -> str:
+        return f"unix:{value}" if isinstance(value, Path) else str(value)
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": "string", "pattern": r"^(?:unix:.+|[0-9.]+:[0-9]+|\[[^\]]+\]:[0-9]+)$"}
+
+
+class Text(TextKind):
+    """Some printable text."""
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+        self.words = f"a text of 1 to {longest} printable characters"
+
+    def parse_text(self, text: str, reading: Reading) -> str:
+        if not 0 < len(text) <= self.longest or not text.isprintable():
+            raise ValueError
+        return text
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": "string", "minLength": 1, "maxLength": self.longest}
+
+
+class UrlPath(TextKind):
+    """What a request asks for, with its query."""
+
+    words = "a path that begins with a slash, up to 1024 visible ASCII characters"
+    pattern = r"/[!-\x22$-~]{0,1023}"
+
+    def parse_text(self, text: str, reading: Reading) -> str:
+        return text
+
+
+class HostName(TextKind):
+    """A server's name, as its certificate has it."""
+
+    words = "a host name, as in www.example.com"
+    pattern = "[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
+
+    def parse_text(self, text: str, reading: Reading) -> str:
+        if ".." in text:
+            raise ValueError
+        return text
+
+
+class StatusRange(TextKind):
+    """HTTP status codes from one to another, both included."""
+
+    words = "a range of status codes, as in 200-299, or one, in quotes"
+    pattern = "[1-5][0-9]{2}(?:-[1-5][0-9]{2})?"
+
+    def parse_text(self, text: str, reading: Reading) -> range:
+        first, _, last = text.partition("-")
+        if int(last or first) < int(first):
+            raise ValueError
+        return range(int(first), int(last or first) + 1)
+
+    def to_json(self, value: range) -> str:
+        return f"{value[0]}" if len(value) == 1 else f"{value[0]}-{value[-1]}"
 
 
 class Quantity(TextKind):

@@ -7,68 +7,50 @@ the network, so that nobody outside can make the number of time series grow.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from logging import ERROR, getLogger
-from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from lb.address import Address
 from lb.cid import CONFIG_IDS
 from lb.engine import Counters, ServiceCounters
 from lb.healthcheck import HealthSnapshot
-from lb.httpserver import HttpServer, Request, Response
-from lb.log import event
 from lb.router import Verdict
 from lb.routing import RoutingTable, Unroutable
+from lb.snapshot import Snapshot, XdpInfo
 
-logger = getLogger(__name__)
-
-STATES = ("active", "draining", "down", "dead")
-
-
-class XdpInfo(NamedTuple):
-    """Where the xdp engine's program is, how it got there, and how it forwards."""
-
-    interface: str
-    mode: str  # native, generic
-    forward: str
+STATES = ("active", "draining", "down", "dead", "fenced")
+PHASES = ("prepared", "active", "retiring", "free")
+OVERRIDES = ("drain", "weight", "fence")
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """Everything there is to report at one moment. `tables` are those that the engine obeys, by service.
-
-    `xdp` is None with another engine. Times are seconds since 1970; `reloads` counts by result, `ok` or `refused`.
-    """
-
-    counters: Counters
-    health: HealthSnapshot
-    tables: Mapping[str, RoutingTable]
-    engine: str
-    workers: int
-    started_at: float
-    reloads: Mapping[str, int]
-    reloaded_at: float
-    xdp: XdpInfo | None = None
+def scrape(now: Snapshot, accept: str = "") -> tuple[bytes, str]:
+    """The answer to a scrape and its content type, in the format that the `Accept` header asks for."""
+    registry = CollectorRegistry()
+    registry.register(BalancerCollector(now, time.time()))
+    ProcessCollector(registry=registry)
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
 
 
 class BalancerCollector(Collector):
-    """Turns a snapshot into metrics. `snapshot` is called for every scrape; what it raises, `collect` raises."""
+    """Turns a snapshot into metrics. It was taken `at` that many seconds since 1970."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
-        self._snapshot = snapshot
+    def __init__(self, now: Snapshot, at: float) -> None:
+        self._now = now
+        self._at = at
 
-    def collect(self) -> Iterable[Metric]:
-        now = self._snapshot()
+    def collect(self) -> Iterator[Metric]:
+        now, at = self._now, self._at
         yield from _services(now.counters.services)
+        yield from _config_ids(now, at)
         yield from _backends(now)
         yield from _states(now.tables)
+        yield from _shares(now, at)
         yield from _probes(now.health)
         yield from _engine(now.counters)
         if now.xdp is not None:
@@ -115,6 +97,33 @@ def _services(services: Mapping[str, ServiceCounters]) -> Iterator[Metric]:
     yield from (datagrams, unroutable, config_ids, moves, rescued, resets)
 
 
+def _config_ids(now: Snapshot, at: float) -> Iterator[Metric]:
+    labels = ["service", "config_id"]
+    phases = GaugeMetricFamily(
+        "quiclb_config_id_phase",
+        "1 for the phase of its rotation that a config ID is in, 0 for the others.",
+        labels=[*labels, "phase"],
+    )
+    last = GaugeMetricFamily(
+        "quiclb_config_id_last_datagram_timestamp_seconds",
+        "When the latest datagram was routed by a config ID.",
+        labels=labels,
+    )
+    keys = GaugeMetricFamily(
+        "quiclb_cid_key_timestamp_seconds", "When the file of a config ID's key was last written.", labels=labels
+    )
+    for service, slots in now.rotation.items():
+        for config_id, slot in slots.items():
+            for phase in PHASES:
+                phases.add_metric([service, str(config_id), phase], phase == slot.phase)
+            # Whole seconds: what did not change should not look as if it had.
+            if slot.last_packet is not None:
+                last.add_metric([service, str(config_id)], round(at - slot.last_packet))
+            if slot.key_age is not None:
+                keys.add_metric([service, str(config_id)], round(at - slot.key_age))
+    yield from (phases, last, keys)
+
+
 def _backends(now: Snapshot) -> Iterator[Metric]:
     labels = ["service", "backend"]
     datagrams = CounterMetricFamily(
@@ -152,16 +161,51 @@ def _states(tables: Mapping[str, RoutingTable]) -> Iterator[Metric]:
     )
     fail_open = GaugeMetricFamily(
         "quiclb_fail_open",
-        "1 while every backend of a service fails its health checks and is used all the same.",
+        "1 while the health checks of a service are not believed, because too many of its backends fail them.",
         labels=["service"],
     )
     for service, table in tables.items():
         fail_open.add_metric([service], table.fail_open)
         for backend, routed in zip(table.backends, table.states, strict=True):
-            current = "dead" if backend.name in table.dead else routed.name.lower()
+            current = routed.name.lower()
+            if backend.name in table.dead:
+                current = "fenced" if backend.name in table.fenced else "dead"
             for name in STATES:
                 state.add_metric([service, backend.name, name], name == current)
     yield from (state, fail_open)
+
+
+def _shares(now: Snapshot, at: float) -> Iterator[Metric]:
+    labels = ["service", "backend"]
+    weights = GaugeMetricFamily(
+        "quiclb_backend_weight", "The weight that a backend has now, with slow start and the operator's.", labels=labels
+    )
+    shares = GaugeMetricFamily(
+        "quiclb_backend_ring_share_ratio", "The share of new connections that a backend gets.", labels=labels
+    )
+    overridden = GaugeMetricFamily(
+        "quiclb_backend_overridden",
+        "1 if the operator said something about a backend that stands above the file.",
+        labels=[*labels, "key"],
+    )
+    last = GaugeMetricFamily(
+        "quiclb_backend_last_datagram_timestamp_seconds",
+        "When the latest datagram was forwarded to a backend.",
+        labels=labels,
+    )
+    for service, table in now.tables.items():
+        weighed = now.weights.get(service, {})
+        for backend, share in zip(table.backends, table.shares, strict=True):
+            name = backend.name
+            weights.add_metric([service, name], weighed.get(name, backend.weight))
+            shares.add_metric([service, name], share)
+            said = now.overrides.of(service, name).keys
+            for key in OVERRIDES:
+                overridden.add_metric([service, name, key], key in said)
+            seen = now.activity.backend(service, name).last_seen
+            if seen is not None:
+                last.add_metric([service, name], round(at - (now.now - seen)))
+    yield from (weights, shares, overridden, last)
 
 
 def _probes(health: HealthSnapshot) -> Iterator[Metric]:
@@ -261,6 +305,11 @@ def _process(now: Snapshot) -> Iterator[Metric]:
         reloads.add_metric([result], count)
     yield reloads
     yield GaugeMetricFamily(
+        "quiclb_config_last_reload_successful",
+        "1 if the file was taken when it was last read, 0 if it was refused.",
+        value=not now.reload_errors,
+    )
+    yield GaugeMetricFamily(
         "quiclb_config_last_reload_success_timestamp_seconds",
         "When the configuration in force was read.",
         value=now.reloaded_at,
@@ -277,46 +326,3 @@ def _version() -> str:
         return version("quiclb")
     except PackageNotFoundError:  # run from a checkout that was never installed
         return "unknown"
-
-
-class MetricsServer:
-    """Serves `/metrics` over HTTP, from threads of its own: a slow scrape holds up no datagram."""
-
-    def __init__(self, address: Address, snapshot: Callable[[], Snapshot]) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(BalancerCollector(snapshot))
-        ProcessCollector(registry=self._registry)
-        self._server = HttpServer(address, self._respond)
-        self._trouble = ""  # that was logged, until a scrape succeeds
-
-    @property
-    def address(self) -> Address:
-        """Where it listens; with the port that was found, once started, if 0 was asked for."""
-        return self._server.address
-
-    def start(self) -> None:
-        """Raises OSError, naming the address, if it cannot be listened on."""
-        self._server.start()
-
-    def stop(self) -> None:
-        """Stop listening and cut off whoever is connected. Harmless if not started."""
-        self._server.stop()
-
-    def _respond(self, request: Request) -> Response:
-        if request.path != "/metrics":
-            return Response(200 if request.path == "/" else 404, b"quiclb: see /metrics\n")
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        try:
-            body = encode(self._registry)
-        except Exception as error:  # a scrape that fails must not end the server
-            self._log_trouble(error)
-            late = isinstance(error, TimeoutError)
-            return Response(503, b"the engine did not answer in time\n" if late else b"see the log\n")
-        self._trouble = ""
-        return Response(200, body, content_type)
-
-    def _log_trouble(self, error: Exception) -> None:
-        trouble = f"{type(error).__name__}: {error}"
-        if trouble != self._trouble:
-            self._trouble = trouble
-            event(logger, ERROR, "metrics-error", error=trouble)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from lb.address import Address
 from lb.engine import Counters
 from lb.log import event
 from lb.mmsg import raw_address, socket_address
 from lb.returnpath import ReturnPath, ReturnPaths
-from lb.sockets import upstream_port
-from lb.upstream import Flow, Flows, Key, Listener, Member, Ports, Upstream
+from lb.routing import FourTuple
+from lb.sockets import Port, upstream_port
+from lb.upstream import ENDED, Flow, Flows, Key, Listener, Member, Ports, Upstream
 
 SOCKET_REST = 1.0  # seconds from a socket that could not be had to the next attempt
 
@@ -36,35 +37,41 @@ class UdpLimits:
         self.socket_buffer = socket_buffer
 
 
+class Followed(NamedTuple):
+    """A flow of a predecessor, as its return path file said it, and what it is here."""
+
+    path: ReturnPath
+    flow: Flow
+
+
 class Nat:
     """All flows of an engine, and the ports that they share.
 
-    `opened` is called with every new port, which somebody must read from. `return_paths` hears of every flow.
-    What is given up or restored is counted in `counters`.
+    `opened` is called with every new port, which somebody must read from. `return_paths`, once there are some, hear
+    of every flow. What is given up or restored is counted in `counters`.
     """
 
-    def __init__(
-        self,
-        limits: UdpLimits,
-        counters: Counters,
-        opened: Callable[[Upstream], None],
-        return_paths: ReturnPaths | None,
-    ) -> None:
+    return_paths: ReturnPaths | None = None
+
+    def __init__(self, limits: UdpLimits, counters: Counters, opened: Callable[[Upstream], None]) -> None:
         self.flows = Flows(limits.flows)
         self._limits = limits
         self._counters = counters
         self._opened = opened
-        self._return_paths = return_paths
         self._pools: dict[bool, list[Upstream]] = {False: [], True: []}  # by family: is it IPv6?
         self._ports: dict[bytes, Ports] = {}  # by backend address, as `Upstream.flows` is
         self._families = 1
         self._open_again = float("-inf")
-        self._paths = list(return_paths.remembered()) if return_paths is not None else []
-        self._reopened: dict[tuple[bool, int], Upstream | None] = {}
+        self._known: dict[tuple[bool, int], Upstream | None] = {}  # ports of another process, None if not to be had
+        self._members: dict[Address, dict[Address, Member]] = {}  # by listener and backend, while flows are restored
 
     @property
     def sockets(self) -> int:
         return len(self._pools[False]) + len(self._pools[True])
+
+    @property
+    def upstreams(self) -> list[Upstream]:
+        return [*self._pools[False], *self._pools[True]]
 
     def set_backends(self, members: Collection[Member]) -> None:
         """From now on there are these, and no others. The flows of others have ended."""
@@ -101,8 +108,8 @@ class Nat:
         del flow.upstream.flows[flow.member.raw]
         flow.member.flows -= 1
         self._ports[flow.member.raw].give_back(flow.upstream, now)
-        if self._return_paths is not None:
-            self._return_paths.clear(flow.number)
+        if self.return_paths is not None:
+            self.return_paths.clear(flow.number)
         self.flows.remove(flow)
 
     def _port_for(self, member: Member, now: float) -> Upstream | None:
@@ -146,10 +153,10 @@ class Nat:
         return True
 
     def remember(self, flow: Flow) -> None:
-        if self._return_paths is None:
+        if self.return_paths is None:
             return
         client = flow.client
-        self._return_paths.write(
+        self.return_paths.write(
             flow.number,
             ReturnPath(
                 flow.upstream.address.port,
@@ -163,53 +170,105 @@ class Nat:
             ),
         )
 
-    def reopen_ports(self, *, final: bool) -> bool:
+    # Flows of another process: one that was killed, or a predecessor that hands over.
+
+    def reopen_ports(self, paths: Iterable[ReturnPath], now: float, *, final: bool) -> bool:
         """Bind the ports that a killed predecessor's flows used. Returns whether that is settled.
 
         A port that is still taken may be free a moment later; `final` gives it up.
         """
-        for path in self._paths:
+        for path in paths:
             place = (path.backend.is_ipv6, path.local_port)
-            if place in self._reopened:
+            if place in self._known:
                 continue
             if self.sockets >= self._limits.sockets:
-                self._reopened[place] = None
+                self._known[place] = None
                 continue
             try:
                 port = upstream_port(place[0], buffer=self._limits.socket_buffer, port=place[1])
-                self._reopened[place] = self._add_port(Upstream(port))
+                self._known[place] = self._add_port(Upstream(port, now))
             except OSError:
                 if not final:
                     return False
-                self._reopened[place] = None
+                self._known[place] = None
         return True
 
-    def restore(self, listeners: Mapping[Address, Listener], now: float) -> None:
+    def adopt_ports(self, ports: Iterable[Port], now: float) -> None:
+        """Have the ports of a predecessor; those that are too many are closed."""
+        for port in ports:
+            place = (port.is_ipv6, port.address.port)
+            if self.sockets < self._limits.sockets:
+                self._known[place] = self._add_port(Upstream(port, now))
+            else:
+                port.close()
+                self._known[place] = None
+
+    def restore(self, paths: Collection[ReturnPath], listeners: Mapping[Address, Listener], now: float) -> None:
         """Carry on the flows of a process that died: same ports, same clients."""
-        if self._return_paths is None:
-            return
-        restored = sum(self._restore(path, listeners, now) for path in self._paths)
-        if self._paths:
-            event(logger, logging.INFO, "flows-restored", flows=restored, lost=len(self._paths) - restored)
+        restored = sum(self._restore(path, listeners, now) is not None for path in paths)
+        if paths:
+            event(logger, logging.INFO, "flows-restored", flows=restored, lost=len(paths) - restored)
         self._counters.flows_restored += restored
-        self._paths = []
-        self._reopened = {}
-        self._return_paths.commit()
+        self.forget_ports()
+
+    def follow(
+        self,
+        changes: Iterable[tuple[int, ReturnPath | None]],
+        followed: dict[int, Followed],
+        listeners: Mapping[Address, Listener],
+        now: float,
+    ) -> list[tuple[int, ReturnPath | None]]:
+        """Do as a predecessor did: what its file has now under some of its numbers. `followed` are its flows here.
+
+        Returns the changes whose ports it has not sent yet: they come first the next time.
+        """
+        begun: dict[int, ReturnPath] = {}
+        for number, path in changes:
+            begun.pop(number, None)
+            before = followed.get(number)
+            if before is not None:
+                if path is not None and path[:6] == before.path[:6] and before.flow.number != ENDED:
+                    self._update(before.flow, path)
+                    followed[number] = Followed(path, before.flow)
+                    continue
+                del followed[number]
+                if before.flow.number != ENDED:
+                    self.end(before.flow, now)
+            if path is not None:
+                begun[number] = path
+        early: list[tuple[int, ReturnPath | None]] = []
+        for number, path in begun.items():
+            if (path.backend.is_ipv6, path.local_port) not in self._known:
+                early.append((number, path))
+            elif (flow := self._restore(path, listeners, now)) is not None:
+                followed[number] = Followed(path, flow)
+        return early
+
+    def forget_ports(self) -> None:
+        """Whatever is to be restored is restored."""
+        self._known = {}
+        self._members = {}
 
     def close(self) -> None:
-        for upstream in [*self._pools[False], *self._pools[True]]:
+        for upstream in self.upstreams:
             upstream.close()
-        if self._return_paths is not None:
-            self._return_paths.close()
+        if self.return_paths is not None:
+            self.return_paths.close()
+            self.return_paths = None
 
-    def _restore(self, path: ReturnPath, listeners: Mapping[Address, Listener], now: float) -> bool:
+    def _restore(self, path: ReturnPath, listeners: Mapping[Address, Listener], now: float) -> Flow | None:
         listener = listeners.get(path.listener)
-        upstream = self._reopened[path.backend.is_ipv6, path.local_port]
-        if listener is None or upstream is None or self.flows.is_full:
-            return False
-        member = next((m for m in listener.service.members if m.address == path.backend), None)
-        if member is None or member.raw in upstream.flows:
-            return False
+        upstream = self._known.get((path.backend.is_ipv6, path.local_port))
+        if listener is None:
+            return None
+        member = self._members_of(listener).get(path.backend)
+        if member is None:
+            return None
+        if upstream is None or not self._make_room(path):
+            self._counters.flows_evicted += 1
+            return None
+        if member.raw in upstream.flows:
+            return None
         local = None if path.local is None else _packed(path.local)
         client = raw_address(path.client, path.scope_id)
         key = client if local is None else (client, local)
@@ -221,7 +280,37 @@ class Nat:
         self._add(flow)
         self._ports[member.raw].carry_on(upstream)
         self.remember(flow)
+        if path.cid is None:
+            # Nothing in its packets says where they belong: the router has to know.
+            host = listener.address.host if path.local is None else path.local
+            four_tuple = FourTuple(flow.client[0], flow.client[1], host, listener.address.port)
+            listener.service.router.adopt(four_tuple, member.name, now)
+        return flow
+
+    def _members_of(self, listener: Listener) -> dict[Address, Member]:
+        members = self._members.get(listener.address)
+        if members is None:
+            members = {member.address: member for member in reversed(listener.service.members)}
+            self._members[listener.address] = members
+        return members
+
+    def _make_room(self, path: ReturnPath) -> bool:
+        """Whether there is room for a flow; if it is established, that of one that is not."""
+        if not self.flows.is_full:
+            return True
+        victim = self.flows.victim() if path.established else None
+        if victim is None or victim.established:
+            return False
+        self._counters.flows_evicted += 1
+        self.end(victim, victim.seen)
         return True
+
+    def _update(self, flow: Flow, path: ReturnPath) -> None:
+        flow.cid = path.cid
+        if path.established:
+            flow.short_header_seen = True
+            self.flows.establish(flow)
+        self.remember(flow)
 
     def _add_port(self, upstream: Upstream) -> Upstream:
         try:

@@ -11,14 +11,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import ipaddress
 import logging
 import mmap
 import os
+import socket
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,8 @@ _HEADER = struct.Struct("=24s16sII")  # magic, boot ID, capacity, CRC-32 of what
 _RECORD = struct.Struct("=IBxH 16sH 16sH 16sH I 16s B20s")
 _CHECKSUM = struct.Struct("=I")
 _IN_USE, _ESTABLISHED, _HAS_LOCAL = 1, 2, 4
+_BLOCK = 512 * _RECORD.size  # octets that are compared at once
+_IPV4_MAPPED = bytes(10) + b"\xff\xff"
 
 logger = logging.getLogger(__name__)
 
@@ -59,23 +62,48 @@ class ReturnPath(NamedTuple):
 class ReturnPaths:
     """Up to `capacity` return paths in the file at `path`, which one process at a time may use.
 
+    `orphans` are files of processes that have no successor of their own: what they say is remembered, too, and they
+    go with the commit. With `lock`, the descriptor of a predecessor's lock, nothing is read: the predecessor lives,
+    goes on writing its file until the commit, and whoever calls has read it.
     Raises OSError if the file cannot be made, or is in use.
     """
 
-    def __init__(self, path: Path, capacity: int, *, patience: float = LOCK_PATIENCE) -> None:
+    def __init__(
+        self,
+        path: Path,
+        capacity: int,
+        *,
+        orphans: Sequence[Path] = (),
+        lock: int | None = None,
+        patience: float = LOCK_PATIENCE,
+    ) -> None:
         self._path = path
         self.capacity = capacity
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_ours(path.parent.stat()):
-            raise PermissionError(errno.EPERM, "the directory is somebody else's", str(path.parent))
-        self._lock = _locked(path.with_suffix(".lock"), patience)
         self.lost = 0
+        self._remembered: list[ReturnPath] = []
+        self._orphans: list[tuple[Path, int]] = []  # and their locks
+        if lock is None:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not _is_ours(path.parent.stat()):
+                raise PermissionError(errno.EPERM, "the directory is somebody else's", str(path.parent))
+            lock = _locked(path.with_suffix(".lock"), patience)
+            read = True
+        else:
+            lock, read = os.dup(lock), False
+        self.lock = lock
         try:
-            self._remembered = self._read_old()
-            self._map = self._make_new()
+            if read:
+                self._remembered = self._read_old(path)
+                for orphan in orphans:
+                    self._adopt(orphan)
+            self.descriptor, self._map = self._make_new()
         except BaseException:
-            os.close(self._lock)
+            self._close_locks()
             raise
+
+    @property
+    def path(self) -> Path:
+        return self._path
 
     def remembered(self) -> Iterator[ReturnPath]:
         """What an earlier process left; each is forgotten unless written again."""
@@ -116,42 +144,71 @@ class ReturnPaths:
     def close(self) -> None:
         """Let another process have the file. What it says stays."""
         self._map.close()
-        os.close(self._lock)
+        os.close(self.descriptor)
+        self._close_locks()
 
-    def _read_old(self) -> list[ReturnPath]:
+    def take_orphan(self, path: Path, lock: int) -> None:
+        """Have the file of flows that were taken over go with the commit. `lock` is the descriptor of its lock."""
+        self._orphans.append((path, os.dup(lock)))
+
+    def is_in_place(self) -> bool:
+        """Whether the file is where a successor of a killed process would look."""
+        with contextlib.suppress(OSError):
+            return os.path.samestat(self._path.stat(), os.fstat(self.descriptor))
+        return False
+
+    def reclaim(self) -> None:
+        """Put the file in its place again, after a successor that has ended put its own there. Raises OSError."""
+        descriptor, mapped = self._make_new()
+        mapped[:] = self._map[:]
+        self._map.close()
+        os.close(self.descriptor)
+        self.descriptor, self._map = descriptor, mapped
+        self.commit()
+
+    def _adopt(self, path: Path) -> None:
+        try:
+            lock = _locked(path.with_suffix(".lock"), 0)
+        except OSError:
+            return  # it has a process, which will see to it
+        self._orphans.append((path, lock))
+        self._remembered += self._read_old(path)
+
+    def _close_locks(self) -> None:
+        for _, lock in self._orphans:
+            os.close(lock)
+        self._orphans = []
+        os.close(self.lock)
+
+    def _read_old(self, path: Path) -> list[ReturnPath]:
         try:
             # A FIFO would have us wait for its writer.
-            with open(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
                 octets = file.read(_HEADER.size)
                 reason = _what_is_wrong(octets) if _is_ours(os.fstat(file.fileno())) else "somebody else's"
                 octets += b"" if reason else file.read()
         except FileNotFoundError:
             return []
         except OSError as error:
-            self._set_aside(str(error.strerror))
+            _set_aside(path, str(error.strerror))
             return []
         if reason:
-            self._set_aside(reason)
+            _set_aside(path, reason)
             return []
-        found = []
+        found, lost = [], 0
         for at in range(_HEADER.size, len(octets) - _RECORD.size + 1, _RECORD.size):
             record = octets[at : at + _RECORD.size]
-            path = _parse(record)
-            if path:
-                found.append(path)
+            parsed = _parse(record)
+            if parsed:
+                found.append(parsed)
             elif any(record):
-                self.lost += 1
-        if self.lost:
-            event(logger, logging.WARNING, "return-paths-damaged", file=self._path, records=self.lost)
+                lost += 1
+        if lost:
+            event(logger, logging.WARNING, "return-paths-damaged", file=path, records=lost)
+            self.lost += lost
         return found
 
-    def _set_aside(self, reason: str) -> None:
-        """Keep what is not ours, or no longer makes sense, under another name; there may be one of those."""
-        event(logger, logging.WARNING, "return-paths-ignored", file=self._path, reason=reason)
-        with contextlib.suppress(OSError):
-            self._path.replace(self._path.with_suffix(".ignored"))
-
-    def _make_new(self) -> mmap.mmap:
+    def _make_new(self) -> tuple[int, mmap.mmap]:
         header = _HEADER.pack(MAGIC, _boot_id(), self.capacity, 0)
         header = header[:-4] + _CHECKSUM.pack(zlib.crc32(header[:-4]))
         new = self._path.with_suffix(".new")
@@ -162,10 +219,11 @@ class ReturnPaths:
             # Not sparse: a file system that is full says so here, and not by a signal at some later write.
             os.posix_fallocate(descriptor, 0, _HEADER.size + self.capacity * _RECORD.size)
             mapped = mmap.mmap(descriptor, 0)
-        finally:
+        except BaseException:
             os.close(descriptor)
+            raise
         mapped[: len(header)] = header
-        return mapped
+        return descriptor, mapped
 
     def commit(self) -> None:
         """Put the new file in the place of the old one; to be called once what was remembered is written again."""
@@ -173,6 +231,59 @@ class ReturnPaths:
             self._path.with_suffix(".new").replace(self._path)
         except OSError as error:
             event(logger, logging.WARNING, "return-paths-lost", file=self._path, reason=error.strerror)
+        for orphan, lock in self._orphans:
+            with contextlib.suppress(OSError):
+                orphan.unlink()
+            os.close(lock)
+        self._orphans = []
+
+
+class LivePaths:
+    """The file behind `descriptor`, of a process that goes on writing it: what it says, and then what has changed.
+
+    Raises OSError if it is not such a file, of this boot.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        reason = _what_is_wrong(self._map[: _HEADER.size])
+        if reason:
+            self._map.close()
+            raise OSError(errno.EINVAL, f"its return path file: {reason}")
+        self.capacity = (len(self._map) - _HEADER.size) // _RECORD.size
+        self._seen = [bytes(_BLOCK)] * -(-(len(self._map) - _HEADER.size) // _BLOCK)
+
+    def changes(self, records: int) -> list[tuple[int, ReturnPath | None]]:
+        """The numbers, below `records`, under which another return path is found than at the last call, or none.
+
+        One that is being written this moment may be among them as none; it is found by the next call.
+        """
+        found: list[tuple[int, ReturnPath | None]] = []
+        size = _RECORD.size
+        for block in range(min(len(self._seen), -(-records * size // _BLOCK))):
+            at = _HEADER.size + block * _BLOCK
+            octets, before = self._map[at : at + _BLOCK], self._seen[block]
+            if octets == before:
+                continue
+            self._seen[block] = octets
+            first = block * (_BLOCK // size)
+            found += [
+                (first + start // size, _parse(octets[start : start + size]))
+                for start in range(0, len(octets), size)
+                if octets[start : start + size] != before[start : start + size]
+            ]
+        return found
+
+    def close(self) -> None:
+        self._map.close()
+        self._seen = []
+
+
+def _set_aside(path: Path, reason: str) -> None:
+    """Keep what is not ours, or no longer makes sense, under another name; there may be one of those."""
+    event(logger, logging.WARNING, "return-paths-ignored", file=path, reason=reason)
+    with contextlib.suppress(OSError):
+        path.replace(path.with_suffix(".ignored"))
 
 
 def _locked(path: Path, patience: float) -> int:
@@ -235,6 +346,8 @@ def _parse(record: bytes) -> ReturnPath | None:
     )
 
 
+@lru_cache(maxsize=256)
 def _unpacked(host: bytes) -> str:
-    ip = ipaddress.IPv6Address(host)
-    return str(ip.ipv4_mapped or ip)
+    if host.startswith(_IPV4_MAPPED):
+        return socket.inet_ntop(socket.AF_INET, host[len(_IPV4_MAPPED) :])
+    return socket.inet_ntop(socket.AF_INET6, host)

@@ -139,6 +139,10 @@ class Router:
         size = reset_size(2 * MAX_RESET, self._random)  # unprompted: of any size that a data packet could have
         return reset_datagram(reset_token(server.reset_key, cid), size, self._random) if size else None
 
+    def adopt(self, flow: FourTuple, backend: str, now: float) -> None:
+        """Remember a decision that a predecessor took: this 4-tuple belongs to the backend of that name."""
+        self._by_flow.put(flow, backend, now, self.limits.new_flow_timeout)
+
     def sweep(self, now: float, steps: int) -> None:
         """Forget some decisions that nobody asked for in a long time. Call it now and then."""
         for table in (self._by_scid, self._by_dcid, self._by_flow):
@@ -163,7 +167,8 @@ class Router:
         backend = self.table.index.get(name)
         if backend is None:
             return None
-        if self.table.states[backend] is not BackendState.DOWN or self.table.fail_open:
+        is_believed = not self.table.fail_open or name in self.table.fenced
+        if self.table.states[backend] is not BackendState.DOWN or not is_believed:
             return backend
         # An established connection waits for the hold-off; a handshake had better begin elsewhere.
         return None if header.is_long or name in self.table.dead else backend

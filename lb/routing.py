@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -80,7 +81,10 @@ class UnknownServer(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One or more listening addresses and the backends behind them. `seed` (any text) shuffles the ring."""
+    """One or more listening addresses and the backends behind them. `seed` (any text) shuffles the ring.
+
+    With a smaller share of its backends ACTIVE than `panic_threshold`, their states are not believed.
+    """
 
     name: str
     listen: tuple[Address, ...]
@@ -88,6 +92,7 @@ class Service:
     backends: tuple[Backend, ...]
     seed: str = ""
     unknown_server: UnknownServer = UnknownServer.FALLBACK
+    panic_threshold: float = 0.0
 
 
 class FourTuple(NamedTuple):
@@ -124,16 +129,35 @@ class _Decoder:
 class RoutingTable:
     """A service's whole routing, built by `build` and never changed."""
 
-    __slots__ = ("__dict__", "_decoders", "_ring_seed", "dead", "fail_open", "ring", "service", "states")
+    __slots__ = (
+        "__dict__",
+        "_decoders",
+        "_ring_seed",
+        "dead",
+        "fail_open",
+        "fenced",
+        "ring",
+        "service",
+        "states",
+        "weights",
+    )
 
     def __init__(
-        self, service: Service, states: Mapping[str, BackendState], dead: frozenset[str], ring: array[int]
+        self,
+        service: Service,
+        states: Mapping[str, BackendState],
+        dead: frozenset[str],
+        ring: array[int],
+        fenced: frozenset[str] = frozenset(),
+        weights: Mapping[str, int] | None = None,
     ) -> None:
         self.service = service
-        self.states = tuple(states.get(b.name, BackendState.ACTIVE) for b in service.backends)
-        # With nobody left, believing the health checks would turn every client away. Doubt them instead.
-        self.fail_open = bool(service.backends) and all(s is BackendState.DOWN for s in self.states)
-        self.dead = frozenset() if self.fail_open else dead
+        self.states = tuple(_state(b.name, states, fenced) for b in service.backends)
+        self.fail_open = _fails_open(service, states, fenced)
+        # An operator's word is believed in any case.
+        self.dead = fenced if self.fail_open else dead | fenced
+        self.fenced = fenced
+        self.weights = weights or {}
         self.ring = ring
         self._ring_seed = _seed_word(service.seed)
         self._decoders: list[_Decoder | None] = [None] * 8
@@ -142,7 +166,8 @@ class RoutingTable:
 
     def __reduce__(self) -> tuple[object, ...]:
         # A worker process gets the ring as it is, not the work of computing it.
-        return RoutingTable, (self.service, dict(zip(self.index, self.states, strict=True)), self.dead, self.ring)
+        states = dict(zip(self.index, self.states, strict=True))
+        return RoutingTable, (self.service, states, self.dead, self.ring, self.fenced, self.weights)
 
     @classmethod
     def build(
@@ -150,21 +175,28 @@ class RoutingTable:
         service: Service,
         states: Mapping[str, BackendState] | None = None,
         dead: Iterable[str] = (),
+        *,
+        fenced: Iterable[str] = (),
+        weights: Mapping[str, int] | None = None,
     ) -> RoutingTable:
         """The table for a service whose backends are in the given states (ACTIVE where nothing is said).
 
-        `dead` names backends that are DOWN for longer than the hold-off, or fenced by the operator: those whose
-        connections are certainly gone, so that their clients may be told. It takes some tens of milliseconds
-        if the set of ACTIVE backends is a new one.
+        `dead` names backends that are DOWN for longer than the hold-off: those whose connections are certainly gone,
+        so that their clients may be told. `fenced` names those that are DOWN and dead because the operator says so,
+        whatever their states are. `weights` stand in for the service's own. It takes some tens of milliseconds if
+        the set of ACTIVE backends is a new one.
         """
-        states = states or {}
-        eligible = [b for b in service.backends if states.get(b.name, BackendState.ACTIVE) is BackendState.ACTIVE]
+        states, weights, fenced = states or {}, weights or {}, frozenset(fenced)
+        there = [b for b in service.backends if b.name not in fenced]
+        wanted = {BackendState.ACTIVE}
+        if _fails_open(service, states, fenced):
+            wanted = {BackendState.ACTIVE, BackendState.DOWN}
+        eligible = [b for b in there if states.get(b.name, BackendState.ACTIVE) in wanted]
         if not eligible:  # nobody new should come, but whoever comes must go somewhere
-            draining = [b for b in service.backends if states.get(b.name) is BackendState.DRAINING]
-            eligible = draining or list(service.backends)
+            eligible = [b for b in there if states.get(b.name) is BackendState.DRAINING]
         positions = {b.name: i for i, b in enumerate(service.backends)}
-        members = tuple((positions[b.name], b.name, b.weight) for b in eligible)
-        return cls(service, states, frozenset(dead), maglev_ring(members, service.seed))
+        members = tuple((positions[b.name], b.name, weights.get(b.name, b.weight)) for b in eligible)
+        return cls(service, states, frozenset(dead), maglev_ring(members, service.seed), fenced, weights)
 
     def by_cid(self, dcid: bytes) -> Server | Unroutable:
         """The server that a DCID was made for, or why there is none (section 4.1 of the draft).
@@ -222,12 +254,18 @@ class RoutingTable:
         """Backend name to its place in `backends`."""
         return {b.name: i for i, b in enumerate(self.service.backends)}
 
+    @cached_property
+    def shares(self) -> tuple[float, ...]:
+        """The share of the ring that each backend has, 0 to 1, by its place in `backends`."""
+        counts = Counter(self.ring)
+        return tuple(counts[i] / (len(self.ring) or 1) for i in range(len(self.backends)))
+
     def _servers(self, slot: CidSlot) -> dict[bytes, Server]:
         servers: dict[bytes, Server] = {}
         config_id = slot.config.config_id
         for position, backend in enumerate(self.service.backends):
             action = Action.FORWARD
-            if self.states[position] is BackendState.DOWN and not self.fail_open:
+            if self.states[position] is BackendState.DOWN and not (self.fail_open and backend.name not in self.fenced):
                 action = Action.FORWARD_DOWN
                 if backend.name in self.dead:
                     action = Action.RESET if slot.reset_key else Action.FALL_THROUGH
@@ -235,6 +273,20 @@ class RoutingTable:
                 key = server_reset_key(slot.reset_key, config_id, server_id) if slot.reset_key else None
                 servers[server_id] = Server(position, action, config_id, key)
         return servers
+
+
+def _state(name: str, states: Mapping[str, BackendState], fenced: frozenset[str]) -> BackendState:
+    return BackendState.DOWN if name in fenced else states.get(name, BackendState.ACTIVE)
+
+
+def _fails_open(service: Service, states: Mapping[str, BackendState], fenced: frozenset[str]) -> bool:
+    """Whether the health checks are not believed: with (almost) nobody left, they would turn every client away.
+
+    Whoever drains and is not DOWN is proof that they can be believed, and whoever is fenced is not asked.
+    """
+    known = [states.get(b.name, BackendState.ACTIVE) for b in service.backends if b.name not in fenced]
+    down, active = known.count(BackendState.DOWN), known.count(BackendState.ACTIVE)
+    return down > 0 and (down == len(known) or 0 < active < service.panic_threshold * (active + down))
 
 
 def ring_slot(flow: FourTuple, seed: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import socket
 import struct
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 from lb.address import Address
 from lb.engine import Drop
+from lb.log import event
 from lb.mmsg import CONTROL_SPACE, control_messages, raw_address
 
 # linux/udp.h, linux/in.h, linux/in6.h
@@ -41,6 +43,7 @@ SO_SNDBUFFORCE = 32
 
 MAX_DATAGRAM = 65536
 NO_SEGMENTS = MAX_DATAGRAM  # what is sent stays in one piece, however long
+UNKNOWN = -1  # an option that another process may have set
 MAX_TRAIN_OCTETS = 65000  # one IP packet's worth to the kernel, headers included
 MAX_TRAIN_SEGMENTS = 64
 
@@ -53,6 +56,8 @@ _CONGESTED = frozenset((errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM))
 # Reported on whatever is sent next, perhaps to somebody else: an ICMP error that came in before.
 _SOMEBODY_ELSES = frozenset((errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPROTO, errno.EACCES))
 _NO_TRAINS = frozenset((errno.EINVAL, errno.EMSGSIZE, errno.EIO, errno.EOPNOTSUPP, errno.ENOPROTOOPT))
+
+logger = logging.getLogger(__name__)
 
 
 class Port:
@@ -134,24 +139,27 @@ class Port:
         self.tos = tos
 
 
-def listening_port(address: Address, *, buffer: int, shared: bool) -> Port:
+def listening_port(address: Address, *, buffer: int, shared: bool, bound: socket.socket | None = None) -> Port:
     """A port that clients send to. `shared` lets other workers bind it too (SO_REUSEPORT).
 
     Bound to a wildcard it reports which address each datagram came to, so that answers can leave from there.
+    `bound` is a socket that has this address already, because another process bound it.
     Raises OSError if the address cannot be had.
     """
-    sock = _open(address.is_ipv6, buffer)
+    sock = bound or _open(address.is_ipv6)
     try:
+        _prepare(sock, buffer)
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if address.is_wildcard:
             option = (SOL_IPV6, IPV6_RECVPKTINFO) if address.is_ipv6 else (SOL_IP, IP_PKTINFO)
             sock.setsockopt(*option, 1)
-        sock.bind(address)
+        if bound is None:
+            sock.bind(address)
     except OSError:
         sock.close()
         raise
-    return Port(sock)
+    return Port(sock) if bound is None else adopted(sock)
 
 
 def upstream_port(is_ipv6: bool, *, buffer: int, port: int = 0) -> Port:
@@ -159,14 +167,51 @@ def upstream_port(is_ipv6: bool, *, buffer: int, port: int = 0) -> Port:
 
     Raises OSError if there is none left, or no descriptor for it.
     """
-    sock = _open(is_ipv6, buffer)
+    sock = _open(is_ipv6)
     try:
+        _prepare(sock, buffer)
         sock.setsockopt(*((SOL_IPV6, IPV6_RECVERR) if is_ipv6 else (SOL_IP, IP_RECVERR)), 1)
         sock.bind(("::" if is_ipv6 else "0.0.0.0", port))
     except OSError:
         sock.close()
         raise
     return Port(sock)
+
+
+def adopted(sock: socket.socket) -> Port:
+    """A port of another process, which may still be using it: nothing is set before something is sent."""
+    sock.setblocking(False)
+    port = Port(sock)
+    port.tos = port.segment = UNKNOWN
+    return port
+
+
+class BoundSockets:
+    """UDP sockets that another process bound, by where, until somebody wants them."""
+
+    def __init__(self, socks: Sequence[socket.socket] = ()) -> None:
+        self._by_address: dict[Address, list[socket.socket]] = {}
+        self.add(socks)
+
+    def add(self, socks: Sequence[socket.socket]) -> None:
+        """More of them; what is no UDP socket is closed."""
+        for sock in socks:
+            if sock.type == socket.SOCK_DGRAM and sock.family in (socket.AF_INET, socket.AF_INET6):
+                self._by_address.setdefault(Address(*sock.getsockname()[:2]), []).append(sock)
+            else:
+                event(logger, logging.WARNING, "socket-unused", name=sock.getsockname())
+                sock.close()
+
+    def take(self, address: Address) -> list[socket.socket]:
+        return self._by_address.pop(address, [])
+
+    def close(self) -> None:
+        """Nobody wants those that are left."""
+        for address, socks in self._by_address.items():
+            event(logger, logging.WARNING, "socket-unused", address=address)
+            for sock in socks:
+                sock.close()
+        self._by_address.clear()
 
 
 def read_errors(port: Port) -> list[bytes]:
@@ -213,25 +258,30 @@ def source_control(local: bytes | None) -> Control:
     return [(SOL_IPV6, IPV6_PKTINFO, local + bytes(4))]
 
 
-def _open(is_ipv6: bool, buffer: int) -> socket.socket:
+def _open(is_ipv6: bool) -> socket.socket:
     sock = socket.socket(socket.AF_INET6 if is_ipv6 else socket.AF_INET, socket.SOCK_DGRAM)
-    try:
-        sock.setblocking(False)
-        if is_ipv6:
+    if is_ipv6:
+        try:
             sock.setsockopt(SOL_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.setsockopt(SOL_IPV6, IPV6_RECVTCLASS, 1)
-            sock.setsockopt(SOL_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE)
-        else:
-            sock.setsockopt(SOL_IP, IP_RECVTOS, 1)
-            sock.setsockopt(SOL_IP, IP_MTU_DISCOVER, PMTUDISC_PROBE)
-        for force, plain in ((SO_RCVBUFFORCE, socket.SO_RCVBUF), (SO_SNDBUFFORCE, socket.SO_SNDBUF)):
-            try:
-                sock.setsockopt(socket.SOL_SOCKET, force, buffer)
-            except PermissionError:
-                sock.setsockopt(socket.SOL_SOCKET, plain, buffer)  # capped by net.core.?mem_max
-        with contextlib.suppress(OSError):  # before Linux 5.0 there are no trains, only single datagrams
-            sock.setsockopt(SOL_UDP, UDP_GRO, 1)
-    except OSError:
-        sock.close()
-        raise
+        except OSError:
+            sock.close()
+            raise
     return sock
+
+
+def _prepare(sock: socket.socket, buffer: int) -> None:
+    """What all sockets of ours have in common. It may be done again, by whoever gets the socket next."""
+    sock.setblocking(False)
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(SOL_IPV6, IPV6_RECVTCLASS, 1)
+        sock.setsockopt(SOL_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE)
+    else:
+        sock.setsockopt(SOL_IP, IP_RECVTOS, 1)
+        sock.setsockopt(SOL_IP, IP_MTU_DISCOVER, PMTUDISC_PROBE)
+    for force, plain in ((SO_RCVBUFFORCE, socket.SO_RCVBUF), (SO_SNDBUFFORCE, socket.SO_SNDBUF)):
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, force, buffer)
+        except PermissionError:
+            sock.setsockopt(socket.SOL_SOCKET, plain, buffer)  # capped by net.core.?mem_max
+    with contextlib.suppress(OSError):  # before Linux 5.0 there are no trains, only single datagrams
+        sock.setsockopt(SOL_UDP, UDP_GRO, 1)

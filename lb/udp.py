@@ -13,16 +13,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import select
+import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import repeat
+from pathlib import Path
 
 from lb.address import Address
 from lb.engine import Counters, Drop, Suspect
+from lb.handover import Handover, Sockets
+from lb.log import event
 from lb.mmsg import Batch, socket_address
 from lb.nat import Nat, UdpLimits, bring_forward, host_of
 from lb.packet import LONG_HEADER, parse_header
-from lb.returnpath import ReturnPaths
+from lb.returnpath import ReturnPath, ReturnPaths
 from lb.router import Verdict
 from lb.routing import FourTuple, RoutingTable
 from lb.sockets import (
@@ -30,12 +35,14 @@ from lb.sockets import (
     MAX_TRAIN_OCTETS,
     MAX_TRAIN_SEGMENTS,
     NO_CONTROL,
+    BoundSockets,
     Port,
     listening_port,
     read_control,
     read_errors,
     source_control,
 )
+from lb.takeover import Takeover
 from lb.upstream import ENDED, NO_SHORTCUT, OTHER, Flow, Key, Listener, Member, RunningService, ServicePolicy, Upstream
 
 # Ours.
@@ -46,6 +53,7 @@ SWEEP = 4096  # flows looked at per tick
 PUSH_INTERVAL = 0.01  # seconds between bursts of pushed resets, or more if there are fewer to push
 STOPPED = 1.0  # seconds without a look at the clock, after which this process must have been stopped
 RESTORE_PATIENCE = 1.0  # seconds that a port of a killed predecessor may take to become free
+SHARE_PATIENCE = 10.0  # seconds that another worker may take to share an address that it takes over
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +61,15 @@ logger = logging.getLogger(__name__)
 class UdpEngine:
     """The socket data plane of one process.
 
-    `suspect(service, backend)` is called at signs of trouble. `return_paths` survives this process.
-    `shared` lets several engines listen on the same addresses.
+    `suspect(service, backend)` is called at signs of trouble. `return_paths(lock)` opens what survives this process;
+    `lock` is that of a predecessor which still writes its own, None without one.
+    `shared` lets several engines listen on the same addresses. `inherited` are bound sockets that somebody opened for
+    us; `keep(address, descriptor)` is told of each listening socket, and of None when it goes.
+
+    A successor is served at the socket `handover`; `on_handed_over` is called when it has everything, and this engine
+    is to be stopped: if the successor ends before, this engine goes on.
+    With `take_over`, everything that the engines at the sockets `predecessors` have is taken over.
+    `log_flows` is the share of new flows that are logged, chosen by `chance`, a number from 0 to 1.
     """
 
     def __init__(
@@ -64,18 +79,37 @@ class UdpEngine:
         *,
         suspect: Suspect,
         random: Callable[[int], bytes] = os.urandom,
-        return_paths: ReturnPaths | None = None,
+        return_paths: Callable[[int | None], ReturnPaths | None] = lambda _: None,
         shared: bool = False,
+        inherited: Sequence[socket.socket] = (),
+        keep: Callable[[Address, int | None], None] = lambda *_: None,
+        handover: Path | None = None,
+        take_over: bool = False,
+        predecessors: Sequence[Path] = (),
+        on_handed_over: Callable[[], None] = lambda: None,
+        log_flows: float = 0.0,
+        chance: Callable[[], float] = random.random,
     ) -> None:
         self._limits = limits
         self._policies = policies
         self._suspect = suspect
         self._random = random
+        self._open_return_paths = return_paths
         self._shared = shared
+        self._bound = BoundSockets(inherited)
+        self._keep = keep
+        self._handover = Handover(handover, self) if handover is not None else None
+        self._take_over = take_over
+        self._predecessors = predecessors
+        self._takeover: Takeover | None = None
+        self._on_handed_over = on_handed_over
+        self._log_flows = log_flows
+        self._chance = chance
+        self._changing = asyncio.Lock()  # held by who changes tables, and while a successor has everything
         self._services: dict[str, RunningService] = {}
         self._listeners: dict[Address, Listener] = {}
         self._counters = Counters(flow_limit=limits.flows, socket_limit=limits.sockets)
-        self._nat = Nat(limits, self._counters, self._on_new_upstream, return_paths)
+        self._nat = Nat(limits, self._counters, self._on_new_upstream)
         self._timers: set[asyncio.TimerHandle] = set()
         self._batch = Batch(BATCH, MAX_DATAGRAM)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -86,27 +120,75 @@ class UdpEngine:
     # Engine.
 
     async def start(self, tables: Sequence[RoutingTable]) -> None:
-        """Listen, take over what a killed predecessor left behind, forward. Raises OSError if it cannot listen."""
+        """Listen, take over what a predecessor has or a killed one left behind, forward.
+
+        Raises OSError, and has closed everything, if it cannot listen, or cannot take over what it is to take over.
+        """
         self._loop = asyncio.get_running_loop()
         self._looked_at = self._loop.time()
         self._epoll = select.epoll()
-        await self.apply(tables)
-        await self._restore()
+        try:
+            if self._take_over:
+                await self._start_after_predecessors(tables)
+            else:
+                await self._start_alone(tables)
+        except BaseException:
+            await self.stop()
+            raise
         for service in self._services.values():
             self._bid_farewell(service, service.router.table.dead)  # to those that a predecessor had not told yet
-        self._loop.add_reader(self._epoll.fileno(), self._on_events)
-        self._later(TICK, self._tick)
+        self._bound.close()
+        self._serve_handover()
+
+    async def _start_alone(self, tables: Sequence[RoutingTable]) -> None:
+        self._nat.return_paths = paths = self._open_return_paths(None)
+        await self._apply(tables)
+        if paths is not None:
+            await self._restore(list(paths.remembered()))
+            paths.commit()
+        self._read()
+
+    async def _start_after_predecessors(self, tables: Sequence[RoutingTable]) -> None:
+        """Take everything that they have, while they forward; then have them stop, catch up, and read."""
+        self._takeover = takeover = Takeover(self._nat, self._bound, self._now)
+        try:
+            await takeover.begin(self._predecessors)
+            await self._apply(tables)
+            self._nat.return_paths = paths = self._open_return_paths(takeover.lock)
+            await takeover.follow(self._listeners, paths)
+            stopped = self._now()
+            await takeover.finish(self._listeners)
+            self._read()
+            paused = self._now() - stopped
+        finally:
+            takeover.close_files()
+        if paths is not None:
+            paths.commit()
+        self._counters.flows_restored += takeover.finished(paused * 1000)
+
+    def _serve_handover(self) -> None:
+        if self._handover is None or self._nat.return_paths is None:
+            return  # without the file there is nothing to follow
+        try:
+            self._handover.serve()
+        except OSError as error:
+            meaning = "an upgrade of this process loses its flows"
+            event(logger, logging.WARNING, "no-handover", reason=error.strerror, meaning=meaning)
 
     async def apply(self, tables: Sequence[RoutingTable]) -> None:
         """Obey these tables from now on, and no others. Raises OSError, with nothing changed, if it cannot listen."""
+        async with self._changing:
+            await self._apply(tables)
+
+    async def _apply(self, tables: Sequence[RoutingTable]) -> None:
         wanted = {address: table for table in tables for address in table.service.listen}
-        opened: dict[Address, Port] = {}
+        opened: dict[Address, list[Port]] = {}
         try:
             for address in wanted:
                 if address not in self._listeners:
-                    opened[address] = listening_port(address, buffer=self._limits.socket_buffer, shared=self._shared)
+                    opened[address] = await self._listening_ports(address)
         except OSError as error:
-            for port in opened.values():
+            for port in (port for ports in opened.values() for port in ports):
                 port.close()
             raise OSError(error.errno, f"cannot listen on {address}: {os.strerror(error.errno or 0)}") from error
 
@@ -123,8 +205,8 @@ class UdpEngine:
                 self._close_listener(listener)
             else:
                 listener.service = self._services[wanted[address].service.name]
-        for address, port in opened.items():
-            self._open_listener(Listener(address, port, self._services[wanted[address].service.name]))
+        for address, ports in opened.items():
+            self._open_listener(Listener(address, ports, self._services[wanted[address].service.name]))
         if gone:
             left = set(gone)
             for flow in [flow for flow in self._nat.flows if flow.member in left]:
@@ -146,14 +228,59 @@ class UdpEngine:
 
     async def stop(self) -> None:
         """Close everything. Return paths stay in their file, for a successor."""
+        if self._handover is not None:
+            await self._handover.stop()
         for timer in self._timers:
             timer.cancel()
-        if self._loop is not None and self._epoll is not None:
+        if self._loop is not None and self._epoll is not None and not self._epoll.closed:
             self._loop.remove_reader(self._epoll.fileno())
             self._epoll.close()
         for listener in self._listeners.values():
-            listener.port.close()
+            for port in listener.ports:
+                port.close()
+        self._listeners = {}
+        self._bound.close()
         self._nat.close()
+        if self._takeover is not None:
+            self._takeover.close()
+
+    # Giver: what a successor gets.
+
+    def files(self) -> tuple[str, int, int] | None:
+        paths = self._nat.return_paths
+        return (paths.path.name, paths.descriptor, paths.lock) if paths is not None else None
+
+    def sockets(self) -> Sockets:
+        listening = [port.sock for listener in self._listeners.values() for port in listener.ports]
+        return Sockets(listening, [upstream.sock for upstream in self._nat.upstreams])
+
+    def records(self) -> int:
+        return self._nat.flows.numbers
+
+    async def pause(self) -> None:
+        await self._changing.acquire()
+        assert self._loop is not None  # noqa: S101
+        assert self._epoll is not None  # noqa: S101
+        self._loop.remove_reader(self._epoll.fileno())
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+
+    def resume(self) -> None:
+        paths = self._nat.return_paths
+        if paths is not None and not paths.is_in_place():
+            try:
+                paths.reclaim()
+            except OSError as error:
+                event(logger, logging.WARNING, "return-paths-lost", file=paths.path, reason=error.strerror)
+        self._changing.release()
+        self._read()
+        for service in self._services.values():
+            if service.pushing:
+                self._push(service)
+
+    def handed_over(self) -> None:
+        self._on_handed_over()
 
     # From clients.
 
@@ -164,7 +291,7 @@ class UdpEngine:
             if readable is not None:
                 readable(events)
 
-    def _on_clients(self, listener: Listener) -> None:
+    def _on_clients(self, listener: Listener, port: Port) -> None:
         """Drain a listening socket.
 
         Datagrams that take the shortcut are gathered into a run while they are of one flow, size and traffic class,
@@ -182,7 +309,7 @@ class UdpEngine:
         run_open = False
 
         try:
-            batch = self._batch.receive(listener.port.descriptor, listener.port.is_ipv6)
+            batch = self._batch.receive(port.descriptor, port.is_ipv6)
         except OSError:
             return  # an ICMP error from a client; it is the client's to repair
         for (length, size), (client,), (control,), buffer, view in batch:
@@ -314,10 +441,13 @@ class UdpEngine:
                 if verdict is Verdict.CID and config_id is not None:
                     service.past[config_id] += 1
                 return None, OTHER
-            if by_cid and is_short:
+            is_move = by_cid and is_short
+            if is_move:
                 counters.moves += 1
                 if router.table.fallback(four_tuple) != backend:
                     counters.rescued += 1
+            if self._log_flows and self._chance() < self._log_flows:
+                self._log_flow(four_tuple, member, verdict, is_move)
         elif flow is not head:
             bring_forward(flow)
         if is_short:
@@ -334,6 +464,19 @@ class UdpEngine:
                 flow.shortcut = flow.cid  # the same object, not an equal one: flows are many
                 flow.config_id = config_id
         return flow, config_id if verdict is Verdict.CID else OTHER
+
+    def _log_flow(self, flow: FourTuple, member: Member, verdict: Verdict, is_move: bool) -> None:
+        """A new flow: whose, and where it went. Its CID and server ID say nothing to who reads this, and stay out."""
+        event(
+            logger,
+            logging.INFO,
+            "flow",
+            client=Address(flow.client, flow.client_port),
+            service=member.service,
+            backend=member.name,
+            verdict=verdict.name.lower(),
+            is_move=is_move,
+        )
 
     # From backends.
 
@@ -411,12 +554,28 @@ class UdpEngine:
 
     # Services and sockets.
 
-    async def _restore(self) -> None:
+    async def _restore(self, paths: list[ReturnPath]) -> None:
         """Carry on the flows of a process that died. Its last worker may take a moment to let go of a port."""
         give_up = self._now() + RESTORE_PATIENCE
-        while not self._nat.reopen_ports(final=self._now() >= give_up):  # noqa: ASYNC110 - nobody would set an event
+        while not self._nat.reopen_ports(paths, self._now(), final=self._now() >= give_up):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        self._nat.restore(self._listeners, self._now())
+        self._nat.restore(paths, self._listeners, self._now())
+
+    async def _listening_ports(self, address: Address) -> list[Port]:
+        """Ports at an address: those that another process has bound, or a new one. Raises OSError."""
+        bound = self._bound.take(address)
+        buffer, shared = self._limits.socket_buffer, self._shared
+        if bound:
+            return [listening_port(address, buffer=buffer, shared=shared, bound=sock) for sock in bound]
+        # One more worker than before: another one is about to make an address one that can be shared.
+        give_up = self._now() + (SHARE_PATIENCE if self._take_over and shared else 0)
+        while True:
+            try:
+                return [listening_port(address, buffer=buffer, shared=shared)]
+            except OSError:
+                if self._now() >= give_up:
+                    raise
+            await asyncio.sleep(0.02)
 
     def _apply_to_service(self, table: RoutingTable) -> list[Member]:
         """Swap one service's table. Returns the members that are no more."""
@@ -441,14 +600,27 @@ class UdpEngine:
 
     def _open_listener(self, listener: Listener) -> None:
         self._listeners[listener.address] = listener
-        self._watch(listener.port, lambda _: self._on_clients(listener))
+        for port in listener.ports:
+            self._watch_clients(listener, port)
+        self._keep(listener.address, listener.port.descriptor)
+
+    def _watch_clients(self, listener: Listener, port: Port) -> None:
+        self._watch(port, lambda _: self._on_clients(listener, port))
 
     def _close_listener(self, listener: Listener) -> None:
         for flow in [flow for flow in self._nat.flows if flow.listener is listener]:
             self._nat.end(flow, self._now())
-        self._unwatch(listener.port)
-        listener.port.close()
+        self._keep(listener.address, None)
+        for port in listener.ports:
+            self._unwatch(port)
+            port.close()
         del self._listeners[listener.address]
+
+    def _read(self) -> None:
+        assert self._loop is not None  # noqa: S101
+        assert self._epoll is not None  # noqa: S101
+        self._loop.add_reader(self._epoll.fileno(), self._on_events)
+        self._later(TICK, self._tick)
 
     def _on_new_upstream(self, upstream: Upstream) -> None:
         self._watch(upstream, lambda events: self._on_backends(upstream, events))

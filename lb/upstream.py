@@ -67,13 +67,17 @@ class RunningService:
 
 
 class Listener:
-    """One address that clients send to, and the flows that came in through it."""
+    """One address that clients send to, and the flows that came in through it.
 
-    __slots__ = ("address", "flows", "port", "service")
+    `ports` are several if another process had several workers: all are read from, and the first is answered from.
+    """
 
-    def __init__(self, address: Address, port: Port, service: RunningService) -> None:
+    __slots__ = ("address", "flows", "port", "ports", "service")
+
+    def __init__(self, address: Address, ports: Sequence[Port], service: RunningService) -> None:
         self.address = address
-        self.port = port
+        self.ports = ports
+        self.port = ports[0]
         self.service = service
         # The flow that a client used last; its others hang on `sibling`.
         self.flows: dict[Key, Flow] = {}
@@ -120,12 +124,17 @@ class Member:
 
 
 class Upstream(Port):
-    """A port towards backends. `flows` tells replies apart by whom they are from."""
+    """A port towards backends. `flows` tells replies apart by whom they are from.
 
-    __slots__ = ("flows",)
+    `since` is when it was another process's: nobody knows which flows it has just served there.
+    """
 
-    def __init__(self, port: Port) -> None:
+    __slots__ = ("flows", "since")
+
+    def __init__(self, port: Port, since: float = float("-inf")) -> None:
         super().__init__(port.sock)
+        self.tos, self.segment = port.tos, port.segment
+        self.since = since
         self.flows: dict[bytes, Flow] = {}
 
 
@@ -141,7 +150,7 @@ class Ports:
     def __init__(self) -> None:
         self._free: deque[tuple[float, Upstream]] = deque()  # ports given back, and when
         self._unused = 0  # the first port that never served this address
-        self._carried: set[Upstream] = set()  # ports after that one whose flows are a dead process's
+        self._carried: set[Upstream] = set()  # ports after that one which flows of another process have or had
         self._hand = 0
 
     def take(self, pool: Sequence[Upstream], now: float) -> Upstream | None:
@@ -151,9 +160,12 @@ class Ports:
         while self._unused < len(pool):
             upstream = pool[self._unused]
             self._unused += 1
-            if upstream not in self._carried:
+            if upstream in self._carried:
+                self._carried.remove(upstream)
+            elif now - upstream.since < PORT_REST:
+                self.give_back(upstream, upstream.since)
+            else:
                 return upstream
-            self._carried.remove(upstream)
         return None
 
     def take_early(self) -> Upstream | None:
@@ -164,7 +176,9 @@ class Ports:
         self._free.append((now, upstream))
 
     def carry_on(self, upstream: Upstream) -> None:
-        """A flow of a dead process has this port. To be called before the first `take`."""
+        """A flow of another process has this port. To be called before the first `take`."""
+        if upstream in self._carried:  # another flow had it, and has ended
+            self._free = deque(item for item in self._free if item[1] is not upstream)
         self._carried.add(upstream)
 
     def victim(self, member: Member, pool: Sequence[Upstream]) -> Flow | None:
@@ -228,6 +242,11 @@ class Flows:
 
     def __iter__(self) -> Iterator[Flow]:
         return (flow for flow in self._slots if flow is not None)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers were ever in use: all are below this."""
+        return len(self._slots)
 
     @property
     def is_full(self) -> bool:

@@ -16,11 +16,13 @@ import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import uvloop
 
-from lb import log
+from lb import handover, log
+from lb.address import Address
 from lb.engine import Counters, Suspect, add_counters
 from lb.log import event
 from lb.nat import UdpLimits
@@ -41,23 +43,72 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerSettings(NamedTuple):
-    """What every worker of a pool begins with. `return_paths(number)` is called in the worker."""
+    """What each of `workers` workers begins with.
+
+    `return_paths(directory, flows, number, workers, lock)` is called in the worker. With `take_over` it begins with
+    what workers of another process have, which serve sockets in `directory`.
+    """
 
     limits: UdpLimits
     policies: Mapping[str, ServicePolicy]
-    return_paths: Callable[[int], ReturnPaths | None]
+    directory: Path
+    workers: int
     log_format: str
     log_level: str
+    return_paths: Callable[[Path, int, int, int, int | None], ReturnPaths | None]
+    log_flows: float = 0.0
+    take_over: bool = False
+
+
+def make_worker(
+    settings: WorkerSettings,
+    number: int,
+    *,
+    suspect: Suspect,
+    on_handed_over: Callable[[], None],
+    inherited: Sequence[socket.socket] = (),
+    keep: Callable[[Address, int | None], None] = lambda *_: None,
+) -> UdpEngine:
+    """The engine of worker `number`, for the process that it is to run in."""
+    directory, workers, flows = settings.directory, settings.workers, settings.limits.flows
+    return UdpEngine(
+        settings.limits,
+        settings.policies,
+        suspect=suspect,
+        return_paths=lambda lock: settings.return_paths(directory, flows, number, workers, lock),
+        shared=workers > 1,
+        inherited=inherited,
+        keep=keep,
+        handover=directory / handover.SOCKET.format(number),
+        take_over=settings.take_over,
+        predecessors=handover.sockets_of(directory, number, workers) if settings.take_over else (),
+        on_handed_over=on_handed_over,
+        log_flows=settings.log_flows,
+    )
 
 
 class WorkerPool:
-    """`count` workers. A worker that dies is started again with the tables of the day; what it counted stays."""
+    """Workers. One that dies is started again with the tables of the day; what it counted stays.
 
-    def __init__(self, count: int, settings: WorkerSettings, *, suspect: Suspect) -> None:
+    `on_handed_over` is called when each has handed over everything to one of another process, which has then taken
+    over the pool. `inherited` are bound sockets that somebody opened for us: the first worker has them.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        *,
+        suspect: Suspect,
+        on_handed_over: Callable[[], None],
+        inherited: Sequence[socket.socket] = (),
+    ) -> None:
         self._settings = settings
         self._suspect = suspect
+        self._on_handed_over = on_handed_over
+        self._handed_over: set[int] = set()
+        self._inherited = inherited
         self._orders: Orders = (), settings.policies
-        self._workers = [_Worker(number, self) for number in range(count)]
+        self._workers = [_Worker(number, self) for number in range(settings.workers)]
 
     async def start(self, tables: Sequence[RoutingTable]) -> None:
         self._orders = tables, self._settings.policies
@@ -69,6 +120,8 @@ class WorkerPool:
         except BaseException:
             await self.stop()
             raise
+        # A worker that is started again has a predecessor of its own, which is dead.
+        self._settings = self._settings._replace(take_over=False)
 
     async def apply(self, tables: Sequence[RoutingTable]) -> None:
         before, self._orders = self._orders, (tables, self._settings.policies)
@@ -98,6 +151,8 @@ class WorkerPool:
 
     async def stop(self) -> None:
         await asyncio.gather(*(worker.stop() for worker in self._workers))
+        for sock in self._inherited:
+            sock.close()
 
     @property
     def settings(self) -> WorkerSettings:
@@ -109,6 +164,15 @@ class WorkerPool:
 
     def suspect(self, service: str, backend: str) -> None:
         self._suspect(service, backend)
+
+    def inherited_by(self, number: int) -> list[socket.socket]:
+        return [] if number else [sock for sock in self._inherited if sock.fileno() >= 0]
+
+    def handed_over(self, number: int) -> None:
+        self._handed_over.add(number)
+        if len(self._handed_over) == len(self._workers):
+            self._handed_over.clear()
+            self._on_handed_over()
 
 
 class _Worker:
@@ -178,8 +242,9 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         try:
             with theirs:
+                inherited = self._pool.inherited_by(self._number)
                 self._process = context.Process(
-                    target=_worker_main, args=(theirs, self._number, settings, os.getpid()), daemon=True
+                    target=_worker_main, args=(theirs, self._number, settings, os.getpid(), inherited), daemon=True
                 )
                 self._process.start()
             reader, self._writer = await asyncio.open_connection(sock=ours)
@@ -215,6 +280,8 @@ class _Worker:
                 what, argument = await _unpacked(reader)
                 if what == "suspect":
                     self._pool.suspect(*argument)
+                elif what == "handed-over":
+                    self._pool.handed_over(self._number)
                 elif self._answer is not None and not self._answer.done():
                     if what == "error":
                         self._answer.set_exception(argument)
@@ -266,7 +333,9 @@ async def _unpacked(reader: asyncio.StreamReader) -> tuple[str, Any]:
     return what, argument
 
 
-def _worker_main(sock: socket.socket, number: int, settings: WorkerSettings, parent: int) -> None:
+def _worker_main(
+    sock: socket.socket, number: int, settings: WorkerSettings, parent: int, inherited: list[socket.socket]
+) -> None:
     """A worker process. Signals are for the parent, which may be in the same process group."""
     for name in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
@@ -274,17 +343,17 @@ def _worker_main(sock: socket.socket, number: int, settings: WorkerSettings, par
     if os.getppid() != parent:
         return
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_work(sock, number, settings))
+        runner.run(_work(sock, number, settings, inherited))
 
 
-async def _work(sock: socket.socket, number: int, settings: WorkerSettings) -> None:
+async def _work(sock: socket.socket, number: int, settings: WorkerSettings, inherited: Sequence[socket.socket]) -> None:
     reader, writer = await asyncio.open_connection(sock=sock)
-    engine = UdpEngine(
-        settings.limits,
-        settings.policies,
+    engine = make_worker(
+        settings,
+        number,
         suspect=lambda service, backend: writer.write(_packed(("suspect", (service, backend)))),
-        return_paths=settings.return_paths(number),
-        shared=True,
+        on_handed_over=lambda: writer.write(_packed(("handed-over", None))),
+        inherited=inherited,
     )
     try:
         while True:

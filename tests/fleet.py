@@ -78,8 +78,13 @@ class Fleet:
         silence: float = 0.0,
         runtime: Path | None = None,
         of: Fleet | None = None,
+        take_over: bool = False,
+        **options: Any,
     ) -> None:
-        """`of` shares another fleet's backends and addresses: the same balancer, started again."""
+        """`of` shares another fleet's backends and addresses: the same balancer, started again.
+
+        With `take_over` it takes over from the one that runs in the same directory. Other options are the engine's.
+        """
         self.backends: list[socket.socket]
         self.service: Service
         if of is not None:
@@ -97,6 +102,7 @@ class Fleet:
             addresses = tuple(Address(host, free_port(host)) for host in listen)
             self.service = Service("web", addresses, (CidSlot(CONFIG, RESET_KEY),), members, "a seed")
         self.suspects: list[str] = []
+        self.handed_over = threading.Event()
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
@@ -110,9 +116,20 @@ class Fleet:
             ),
             {"web": ServicePolicy(router=router or RouterLimits(), push_rate=push_rate, silence=silence)},
             suspect=lambda _, backend: self.suspects.append(backend),
-            return_paths=ReturnPaths(runtime / "flows-0.map", flows) if runtime else None,
+            return_paths=lambda lock: ReturnPaths(runtime / "flows-0.map", flows, lock=lock) if runtime else None,
+            handover=runtime / "handover-0.sock" if runtime else None,
+            take_over=take_over,
+            predecessors=[runtime / "handover-0.sock"] if runtime and take_over else [],
+            on_handed_over=self.handed_over.set,
+            **options,
         )
-        self.call(self.engine.start([self.table()]))
+        try:
+            self.call(self.engine.start([self.table()]))
+        except BaseException:
+            self._end()
+            for sock in self.backends if of is None else ():
+                sock.close()
+            raise
 
     def __enter__(self) -> Fleet:
         return self
@@ -125,9 +142,12 @@ class Fleet:
     def stop(self) -> None:
         if self._loop.is_running():
             self.call(self.engine.stop())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(PATIENCE)
-            self._loop.close()
+            self._end()
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(PATIENCE)
+        self._loop.close()
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE)

@@ -426,6 +426,10 @@ RESPONSES = [
     ("GET", "/slow/inf", 400),
     ("GET", "/slow/-1", 400),
     ("GET", "/slow/1/2", 400),
+    ("HEAD", "/status/503", 503),
+    ("GET", "/status/600", 400),
+    ("GET", "/status/99", 400),
+    ("GET", "/status/5e2", 400),
 ]
 
 
@@ -437,6 +441,8 @@ async def test_every_request_gets_its_status_and_a_head_request_no_body() -> Non
             assert (method, path, status) == (method, path, answer.status)
             assert bool(answer.body) == (method != "HEAD"), (method, path)
         assert (await client.request("GET", "/upload")).headers[b"allow"] == b"POST, PUT"
+        for code in (200, 204, 404, 503):
+            assert (await client.request("GET", f"/status/{code}")).status == code
 
 
 @scenario

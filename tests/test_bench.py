@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as command
-from bench import dataplane, decision, load, machine, memory, network, report
+from bench import dataplane, decision, load, machine, memory, network, report, restart
 from bench.balancers import Nginx, Quiclb
 from bench.dataplane import Cell, Plan, busy, paced
 from bench.load import Result
@@ -288,7 +288,7 @@ def test_axis_of_the_picture_is_as_long_as_it_must_be(highest: float, last: int)
 
 def test_unknown_part_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["decisions"]) == 2
-    assert capsys.readouterr().err == "bench: no part decisions: expected decision, dataplane, memory, xdp\n"
+    assert capsys.readouterr().err == "bench: no part decisions: expected decision, dataplane, memory, xdp, restart\n"
 
 
 @pytest.mark.skipif(machine.obstacle() is not None, reason=str(machine.obstacle()))
@@ -339,3 +339,39 @@ class TestInTheKernel:
 
 def namespaces() -> str:
     return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+
+
+def test_restart_report_says_what_was_lost_and_what_was_noise() -> None:
+    _, reload, upgrade, kill = restart.EVENTS
+    good, bad = restart.Run(1000, 0, 0, 0, 1.5, 0.7), restart.Run(1000, 2, 1, 0, 99.0)
+    section = restart.section(
+        [
+            restart.Restart("udp", event, runs)
+            for event, runs in ((reload, [good]), (upgrade, [good, bad]), (kill, [bad]))
+        ],
+        5000,
+    )
+
+    assert [row[1:4] for row in section.rows] == [
+        ("reload, 5 times", "1000", "0"),
+        ("upgrade (take-over)", "2000", "3"),
+        ("kill -9, and start", "1000", "3"),
+    ]
+    assert "target, udp, reload, 5 times: lost 0, reached" in section.remarks
+    assert "target, udp, upgrade (take-over): lost 3, NOT reached" in section.remarks
+    assert not section.wrong
+    assert not [remark for remark in section.remarks if "NOISE" in remark]
+    twice = restart.section([restart.Restart("udp", restart.EVENTS[0], [bad._replace(twice=1)])], 5000)
+    assert twice.wrong
+    assert [remark[:10] for remark in twice.remarks if "NOISE" in remark] == ["NOISE: udp"]
+
+
+@pytest.mark.skipif(machine.obstacle() is not None, reason=machine.obstacle() or "")
+def test_no_datagram_is_lost_or_doubled_while_one_process_takes_over_from_another(tmp_path: Path) -> None:
+    """At a rate that any machine gives."""
+    (found,) = restart.measure(["udp"], 1000, 1, None, tmp_path, print, [restart.EVENTS[2]])
+
+    (run,) = found.runs
+    assert run.sent > 1000
+    assert (run.lost, run.twice) == (0, 0)
+    assert run.pause is not None

@@ -23,8 +23,10 @@ from lb.config import (
     LbConfig,
     Limits,
     LogConfig,
+    Phase,
     Probe,
     ResetConfig,
+    RotationConfig,
     ServiceConfig,
     XdpConfig,
     load_config,
@@ -40,7 +42,7 @@ from tests.files import CID_KEY, OTHER_CID_KEY, RESET_KEY, examples, write_key, 
 GOOD = """\
 engine: udp
 workers: 2
-admin: "127.0.0.1:9100"
+metrics: "127.0.0.1:9100"
 log: {format: json, level: warning}
 limits: {flows: 500, idle-timeout: 90s, new-flow-timeout: 2500ms, socket-buffer: 64KiB, sockets: 20}
 services:
@@ -60,6 +62,8 @@ services:
         nonce-length: 6
         appended-length: 2
         key-file: secrets/cid-1.key
+        phase: retiring
+    rotation: {guard: 1m}
     backends:
       - {name: a, address: "10.0.0.11:443", server-ids: {0: ["3fa91c02"], 3: ["3fa91c"]}}
       - {name: b, address: "[fd00::12]:443", server-ids: {0: ["81D5E47A", "aaaaaaaa"], 3: ["81d5e4"]}, weight: 3, drain: true}
@@ -122,7 +126,7 @@ def test_every_key_of_a_file_means_what_the_documents_say(directory: Path) -> No
         engine="udp",
         workers=2,
         runtime_directory=None,
-        admin=Address("127.0.0.1", 9100),
+        metrics=Address("127.0.0.1", 9100),
         log=LogConfig(format="json", level="warning"),
         limits=Limits(flows=500, idle_timeout=90.0, new_flow_timeout=2.5, socket_buffer=65536, sockets=20),
         services=(
@@ -131,8 +135,12 @@ def test_every_key_of_a_file_means_what_the_documents_say(directory: Path) -> No
                 health=health,
                 resets=ResetConfig(hold_off=1.5, push=False),
                 draining=frozenset({"b"}),
+                phases={zero: Phase.ACTIVE, three: Phase.RETIRING},
+                key_files={zero: directory / "secrets/cid-0.key", three: directory / "secrets/cid-1.key"},
+                reset_key_files={zero: directory / "secrets/reset-0.key"},
+                rotation=RotationConfig(guard=60.0),
             ),
-            ServiceConfig(service=plain),
+            ServiceConfig(service=plain, phases={zero: Phase.ACTIVE}),
         ),
     )
 
@@ -196,7 +204,7 @@ MISTAKES = {
     "unknown key with odd characters": ("workers: 2", '"a\\nb": 2', '"a\\nb"', "unknown key"),
     "merge key": ("workers: 2", "<<: {workers: 2}", '<<', "unknown key"),
     "key given twice": ("workers: 2", "workers: 2\nworkers: 3", "workers", "given twice, again in line 3"),
-    "key given twice inside": ("weight: 3", "weight: 3, weight: 3", f"{B}.weight", "given twice, again in line 25"),
+    "key given twice inside": ("weight: 3", "weight: 3, weight: 3", f"{B}.weight", "given twice, again in line 27"),
     "key that is a list": ("workers: 2", "[workers]: 2", "", "a list, mapping or alias for a key"),
     "missing key": ("  - name: plain\n", "  -\n", "services[1].name", "missing: expected a name"),
     "missing length": ("        nonce-length: 12\n", "", f"{CID0}.nonce-length", "missing: expected an integer, 4 to 18"),
@@ -242,7 +250,29 @@ MISTAKES = {
     "size with a fraction": ("socket-buffer: 64KiB", "socket-buffer: 1.5MiB", "limits.socket-buffer", "1.5MiB: expected a size"),
     "jitter without sign": ("jitter: 12.5%", "jitter: 0.125", "services[0].health.jitter", "a number without a unit"),
     "jitter too large": ("jitter: 12.5%", "jitter: 51%", "services[0].health.jitter", "51%: expected a percentage, 0% to 50%"),
-    "probe": ("probe: none", "probe: vn", "services[0].health.probe", "vn: expected version-negotiation or none"),
+    "metrics on an admin address": ("log: {format", "admin: {listen: [\"127.0.0.1:9100\"]}\nlog: {format", "admin.listen[0]", "127.0.0.1:9100: metrics has it already"),
+    "admin twice": ("log: {format", "admin: {listen: [\"unix:a\", \"unix:a\"]}\nlog: {format", "admin.listen[1]", "admin.listen[0] has it already"),
+    "admin for everybody": ("log: {format", "admin: {listen: [\"0.0.0.0:9101\"]}\nlog: {format", "admin.listen[0]", "0.0.0.0:9101: expected a loopback address or unix:PATH"),
+    "socket path too long": ("log: {format", f"admin: {{listen: [\"unix:/{'x' * 107}\"]}}\nlog: {{format", "admin.listen[0]", "expected a path of 1 to 107 octets behind unix:"),
+    "socket without path": ("log: {format", "admin: {listen: [\"unix:\"]}\nlog: {format", "admin.listen[0]", "unix:: expected a path"),
+    "short token": ("log: {format", "admin: {write-token-file: empty.key}\nlog: {format", "admin.write-token-file", "holds 0 characters: expected a token of 16 to 200"),
+    "token for everybody": ("log: {format", "admin: {read-token-file: world.key}\nlog: {format", "admin.read-token-file", "mode 0604 lets everybody at it"),
+    "token that is not there": ("log: {format", "admin: {read-token-file: none}\nlog: {format", "admin.read-token-file", "cannot be read: No such file"),
+    "certificate without key": ("log: {format", "admin: {certificate-file: a.pem}\nlog: {format", "admin.certificate-file", "expected admin.key-file as well"),
+    "key without certificate": ("log: {format", "admin: {key-file: a.pem}\nlog: {format", "admin.key-file", "expected admin.certificate-file as well"),
+    "client CA without certificate": ("log: {format", "admin: {client-ca-file: a.pem}\nlog: {format", "admin.client-ca-file", "expected admin.certificate-file as well"),
+    "writers without client CA": ("log: {format", "admin: {writers: [me]}\nlog: {format", "admin.writers", "expected admin.client-ca-file as well"),
+    "back-off to less": ("interval: 200ms", "interval: 200ms, max-interval: 100ms", "services[0].health.max-interval", "100ms: expected at least services[0].health.interval, which is 200ms"),
+    "path without slash": ("probe: none", "probe: none, http3: {path: status}", "services[0].health.http3.path", "status: expected a path that begins with a slash"),
+    "path with a space": ("probe: none", "probe: none, http3: {path: \"/a b\"}", "services[0].health.http3.path", "expected a path"),
+    "name of a server": ("probe: none", "probe: none, http3: {server-name: a..b}", "services[0].health.http3.server-name", "a..b: expected a host name"),
+    "status backwards": ("probe: none", "probe: none, http3: {status: 300-200}", "services[0].health.http3.status", "300-200: expected a range of status codes"),
+    "status as a number": ("probe: none", "probe: none, http3: {status: 200}", "services[0].health.http3.status", "200: YAML takes this for an integer"),
+    "body of nothing": ("probe: none", "probe: none, http3: {body: \"\"}", "services[0].health.http3.body", "expected a text of 1 to 256"),
+    "CA file that is not there": ("probe: none", "probe: none, http3: {verify: true, ca-file: none.pem}", "services[0].health.http3.ca-file", "cannot be read: No such file"),
+    "CA file without a certificate": ("probe: none", "probe: none, http3: {verify: true, ca-file: long.key}", "services[0].health.http3.ca-file", "holds no certificate in PEM"),
+    "phase": ("phase: retiring", "phase: free", "services[0].cid-configs[1].phase", "free: expected prepared, active or retiring"),
+    "probe": ("probe: none", "probe: vn", "services[0].health.probe", "vn: expected version-negotiation, http3 or none"),
     "level": ("level: warning", "level: warn", "log.level", "did you mean warning?"),
     "unknown-server": ("unknown-server: drop", "unknown-server: reject", "services[0].unknown-server", "expected fallback or drop"),
     "name with a space": ("name: plain", "name: a b", "services[1].name", "a b: expected a name"),
@@ -253,7 +283,7 @@ MISTAKES = {
     "port 0": ('"192.0.2.2:443"', '"192.0.2.2:0"', "services[1].listen[0]", "expected ADDRESS:PORT"),
     "IPv6 without brackets": ('"192.0.2.2:443"', '"2001:db8::2:443"', "services[1].listen[0]", "go in brackets"),
     "endless address": ('"192.0.2.2:443"', f'"1.2.3.4:{"9" * 6000}"', "services[1].listen[0]", "expected ADDRESS:PORT"),
-    "admin": ('admin: "127.0.0.1:9100"', "admin: 9100", "admin", "9100: YAML takes this for an integer"),
+    "metrics": ('metrics: "127.0.0.1:9100"', "metrics: 9100", "metrics", "9100: YAML takes this for an integer"),
     "server ID with odd digits": ('"b1946ac92492d234"', '"b1946ac92492d23"', f"{X}.server-ids.0[0]", "two hex digits each"),
     "server ID that is no hex": ('"b1946ac92492d234"', '"z1946ac92492d234"', f"{X}.server-ids.0[0]", "two hex digits each"),
     "server ID too long": ('"b1946ac92492d234"', f'"{"ab" * 16}"', f"{X}.server-ids.0[0]", "1 to 15 octets"),
@@ -724,9 +754,9 @@ RELOADS = {
     "resets switched off": (edited("        reset-key-file: secrets/reset-0.key\n", ""), []),
     "rate of new flows": (edited("flows: 500", "flows: 500, new-flows-rate: 7"), []),
     "workers": (edited("workers: 2", "workers: 3"), [("workers", "3: this process runs with 2; a restart changes it")]),
-    "admin": (
-        edited('admin: "127.0.0.1:9100"\n', ""),
-        [("admin", "nothing: this process runs with 127.0.0.1:9100; a restart changes it")],
+    "metrics": (
+        edited('metrics: "127.0.0.1:9100"\n', ""),
+        [("metrics", "nothing: this process runs with 127.0.0.1:9100; a restart changes it")],
     ),
     "sockets": (
         edited("sockets: 20", "sockets: 21"),
@@ -736,34 +766,6 @@ RELOADS = {
         edited("idle-timeout: 90s", "idle-timeout: 1h"),
         [("limits.idle-timeout", "1h: this process runs with 90s; a restart changes it")],
     ),
-    "key of a live slot": (
-        edited("secrets/cid-0.key", "secrets/spare.key"),
-        [
-            (
-                CID0,
-                "config ID 0 is in use and has another key: expected a free config ID for the new configuration",
-            )
-        ],
-    ),
-    "lengths of a live slot": (
-        GOOD.replace("nonce-length: 6", "nonce-length: 7").replace("appended-length: 2", "appended-length: 1"),
-        [
-            (
-                CID1,
-                "config ID 3 is in use and has another nonce-length and appended-length: "
-                "expected a free config ID for the new configuration",
-            )
-        ],
-    ),
-    "reset key of a live slot": (
-        edited("secrets/reset-0.key", "secrets/reset-1.key"),
-        [
-            (
-                CID0,
-                "config ID 0 is in use and has another reset key: expected a free config ID for the new configuration",
-            )
-        ],
-    ),
 }
 
 
@@ -771,20 +773,5 @@ RELOADS = {
 def test_a_reload_is_refused_where_it_would_break_something(
     directory: Path, text: str, refused: list[tuple[str, str]]
 ) -> None:
-    write_key(directory / "secrets" / "spare.key", "3c" * 16)
     old, new = load(directory, GOOD), load(directory, text)
     assert [(error.path, error.message) for error in refuse_reload(old, new)] == refused
-
-
-def test_a_rotation_takes_two_reloads_and_no_restart(directory: Path) -> None:
-    """Add a slot, then remove the old one; positions in the file do not matter."""
-    config = load(directory, GOOD)
-    web = config.services[0]
-    slots = web.service.cid_slots
-
-    def with_slots(*kept: CidSlot) -> LbConfig:
-        service = replace(web, service=replace(web.service, cid_slots=kept))
-        return replace(config, services=(service, *config.services[1:]))
-
-    assert refuse_reload(with_slots(slots[0]), with_slots(slots[1], slots[0])) == []
-    assert refuse_reload(with_slots(slots[1], slots[0]), with_slots(slots[1])) == []

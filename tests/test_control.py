@@ -46,7 +46,7 @@ class Site:
 
     def write(self, *, backends: list[int] | None = None, key_file: str = "cid.key", extra: str = "") -> None:
         lines = [
-            f"admin: {self.admin}",
+            f"metrics: {self.admin}",
             f"runtime-directory: {self.directory}/run",
             "log: {format: json}",
             self.options,
@@ -65,8 +65,8 @@ class Site:
         lines += [f"    {self.service_options}", extra]
         (self.directory / "lb.yaml").write_text("\n".join(lines) + "\n")
 
-    def start(self, *, ready: bool = True) -> Process:
-        process = Process(self.directory / "lb.yaml")
+    def start(self, *, ready: bool = True, options: Sequence[str] = ()) -> Process:
+        process = Process(self.directory / "lb.yaml", options=options)
         self.processes.append(process)
         if ready:
             process.event("started")
@@ -104,8 +104,8 @@ class Site:
 class Process:
     """`quiclb run` in a process of its own, and the events that it logs. `by` is a command that runs it."""
 
-    def __init__(self, config: Path, by: Sequence[str] = ()) -> None:
-        command = [*by, sys.executable, "-m", "lb", "run", "-c", str(config)]
+    def __init__(self, config: Path, by: Sequence[str] = (), options: Sequence[str] = ()) -> None:
+        command = [*by, sys.executable, "-m", "lb", "run", "-c", str(config), *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -254,9 +254,15 @@ def test_a_damaged_return_path_file_is_a_word_in_the_log_and_no_more(site: Site)
 
 
 def test_a_second_balancer_on_the_same_runtime_directory_runs_without_it(site: Site) -> None:
+    """If it has no API; the socket of that is one process's, and two in one directory are a mistake."""
     site.start()
     first = site.vip
     site.vip, site.admin = Address("127.0.0.1", free_port()), Address("127.0.0.1", free_port())
+    site.write()
+    refused = site.start(ready=False)
+    assert "admin.sock" in refused.event("failed")["reason"]
+    assert refused.wait() == 1
+    site.options = "admin: {listen: []}"
     site.write()
     second = site.start()
 

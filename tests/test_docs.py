@@ -115,3 +115,17 @@ def test_every_link_between_the_pages_leads_somewhere() -> None:
     for page in (*root.glob("*.md"), *root.glob("docs/*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]*)#?[^)]*\)", page.read_text()):
             assert not target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+RUNBOOK = PAGE.with_name("operations.md")
+
+
+def test_every_row_of_what_happens_when_is_a_test() -> None:
+    text = RUNBOOK.read_text()
+    table = text[text.index("## What happens when") : text.index("## Alerts")]
+    rows = [line for line in table.splitlines() if line.startswith("| ") and not line.startswith("| when ")]
+    assert len(rows) >= 14
+    for row in rows:
+        named = re.search(r"`(tests/[a-z0-9_/]+\.py)::(test_\w+)` \|$", row)
+        assert named is not None, row
+        assert f"def {named[2]}(" in (RUNBOOK.parents[1] / named[1]).read_text(), row

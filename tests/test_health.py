@@ -24,9 +24,11 @@ from hypothesis import strategies as st
 from lb.address import Address
 from lb.cid import ConfigId
 from lb.config import HealthConfig, Probe, ResetConfig, ServiceConfig
-from lb.health import LATE_ANSWERS, RETIRED_SOCKETS, HealthMonitor, is_answer, probe_datagram
-from lb.healthcheck import BackendHealth
+from lb.health import HealthMonitor
+from lb.healthcheck import RESULTS, BackendHealth
+from lb.negotiation import is_answer, probe_datagram
 from lb.packet import parse_header
+from lb.probing import LATE_ANSWERS, RETIRED_SOCKETS
 from lb.routing import Backend, BackendState, Service
 from tests.builders import deterministic_random
 
@@ -192,12 +194,12 @@ V1 = b"\0\0\0\1"
     ],
 )
 def test_only_the_version_negotiation_that_was_asked_for_is_an_answer(datagram: bytes, expected: bool) -> None:
-    assert is_answer(datagram, PROBE) is expected
+    assert is_answer(datagram, PROBE.dcid, PROBE.scid) is expected
 
 
 @given(st.binary(max_size=64))
 def test_no_datagram_makes_is_answer_raise(datagram: bytes) -> None:
-    assert not is_answer(datagram, PROBE)
+    assert not is_answer(datagram, PROBE.dcid, PROBE.scid)
 
 
 @LOOPS
@@ -230,6 +232,22 @@ def test_an_answer_is_heard_at_once_even_by_a_socket_that_heard_an_error_before(
                 round_trip = now(monitor).round_trip
                 assert round_trip is not None
                 assert round_trip < 0.4  # and not when the next probe is due
+
+    run(story(), loop_factory)
+
+
+@LOOPS
+def test_what_comes_after_an_error_is_heard_without_another_probe(loop_factory: Any) -> None:
+    async def story() -> None:
+        address = closed_port()
+        with watching(service(address, replace(NEVER, jitter=0.0), hold_off=60)) as (monitor, _):
+            await eventually(lambda: now(monitor).results["refused"])
+            prober = monitor._probers["web"]["b"]
+            assert prober is not None
+            port = prober._probes._sockets[-1]._socket.getsockname()
+            async with serving(answers, address) as server:
+                server.send([b"hello"], port)
+                await eventually(lambda: now(monitor).ignored == 1)
 
     run(story(), loop_factory)
 
@@ -365,7 +383,7 @@ def test_a_closed_port_is_refused_and_found_out_at_once_if_suspected(
                 await eventually(lambda: changed == ["web"])
                 seen = now(monitor)
                 assert (seen.state, seen.dead) == (DOWN, False)
-                assert seen.results == {"answered": 1, "timeout": 0, "refused": 3, "unsent": 0}
+                assert seen.results == dict.fromkeys(RESULTS, 0) | {"answered": 1, "refused": 3}
 
     run(story(), loop_factory)
     named = {"service": "web", "backend": "b"}
@@ -446,7 +464,7 @@ def test_descriptors_stay_few_and_are_all_given_back() -> None:
                 await eventually(asked_often)
                 prober = monitor._probers["web"]["b"]
                 assert prober is not None
-                assert all(len(s.sent) <= LATE_ANSWERS for s in prober._sockets)
+                assert all(len(s.probes()) <= LATE_ANSWERS for s in prober._probes._sockets)
             assert busiest - before <= RETIRED_SOCKETS + 4  # the server's own, and listdir's
         await eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
 

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lb.config import HealthConfig
-from lb.healthcheck import CLEARED_BY, COOL_DOWN, HealthCheck
+from lb.config import HealthConfig, Probe
+from lb.healthcheck import CLEARED_BY, COOL_DOWN, MOST_CONNECTIONS, RESULTS, HealthCheck
 from lb.routing import BackendState
 
 ACTIVE, DOWN = BackendState.ACTIVE, BackendState.DOWN
@@ -25,11 +26,12 @@ HOLD_OFF = 5.0
 class Fate(NamedTuple):
     """What becomes of a probe, and after how many seconds."""
 
-    how: str  # answer, refuse, lose, unsent, no-route
+    how: str  # answer, wrong, refuse, lose, unsent, no-route
     delay: float = 0.0
 
 
 ANSWER, LOSE, REFUSE = Fate("answer", 0.01), Fate("lose"), Fate("refuse", 0.001)
+WRONG = Fate("wrong", 0.01)
 Behaviour = Callable[[float], Fate]  # by the time of sending
 
 
@@ -87,6 +89,9 @@ class World:
             case "answer":
                 self.replies.append(self.now)
                 self.check.on_reply(probe, self.now)
+            case "wrong":
+                self.replies.append(self.now)
+                self.check.on_wrong(probe, "status 503", self.now)
             case "refuse":
                 self.check.on_refused(probe, self.now)
             case "unsent" | "no-route":
@@ -161,6 +166,24 @@ FOREVER = float("inf")
             [(0, "active"), (2.5, "down"), (7.5, "dead"), (9.01, "down"), (9.03, "active")],
             id="back from the dead",
         ),
+        # Not the answer that is wanted, but an answer: down, and never dead.
+        pytest.param(until((FOREVER, WRONG)), [], [(0, "active"), (2.01, "down")], id="says 503"),
+        pytest.param(
+            until((3.5, WRONG), (FOREVER, LOSE)),
+            [],
+            [(0, "active"), (2.01, "down"), (8.01, "dead")],
+            id="says 503 a last time at 3.01",
+        ),
+        pytest.param(
+            until((8.5, LOSE), (FOREVER, WRONG)),
+            [],
+            [(0, "active"), (2.5, "down"), (7.5, "dead"), (9.01, "down")],
+            id="back from the dead with 503",
+        ),
+        pytest.param(
+            until((1.5, WRONG), (2.5, ANSWER), (4.5, WRONG), (9, ANSWER)), [], [(0, "active")], id="nearly 503"
+        ),
+        pytest.param(until((FOREVER, Fate("wrong", 0.7))), [], [(0, "active"), (2.5, "down")], id="says 503 too late"),
         # What could not be asked is not evidence.
         pytest.param(until((FOREVER, Fate("unsent"))), [1], [(0, "active")], id="nothing can be sent"),
         pytest.param(
@@ -230,6 +253,7 @@ def test_rows_are_counted_in_the_order_of_sending(outcomes: list[tuple[int, bool
 
 FATES = st.one_of(
     st.builds(Fate, st.just("answer"), st.floats(0, 2)),
+    st.builds(Fate, st.just("wrong"), st.floats(0, 2)),
     st.builds(Fate, st.just("refuse"), st.floats(0, 0.4)),
     st.sampled_from([LOSE, LOSE, LOSE, Fate("unsent"), Fate("no-route")]),
 )
@@ -241,6 +265,8 @@ CONFIGS = st.builds(
     rise=st.integers(1, 4),
     jitter=st.floats(0, 0.5),
     suspect_interval=st.floats(0.01, 0.2),
+    max_interval=st.none() | st.floats(0.05, 10),
+    probe=st.sampled_from([Probe.VERSION_NEGOTIATION, Probe.HTTP3]),
 )
 
 
@@ -309,6 +335,14 @@ def test_a_suspicion_while_calm_is_not_forgotten() -> None:
     assert world.states()[-1][0] < 3.4 + COOL_DOWN + 3 * STEADY.suspect_interval
 
 
+def test_a_suspicion_does_not_wait_for_the_first_probe() -> None:
+    """That may be long in coming: a part of the interval, so that not all are asked at once."""
+    subject = check(replace(STEADY, interval=3600.0), start=360.0)
+    world = World(subject, until((FOREVER, REFUSE)), [1.0]).run(5)
+    assert world.sent == pytest.approx([1.0, 1.02, 1.04])
+    assert subject.state is DOWN
+
+
 def test_suspecting_the_suspected_or_the_fallen_changes_nothing() -> None:
     subject = check()
     assert subject.suspect(0.0)
@@ -336,7 +370,7 @@ def test_probes_in_flight_while_the_balancer_was_stopped_get_their_time() -> Non
     subject.poll(100.0)
     assert subject.state is ACTIVE
     subject.on_reply(probe, 100.2)
-    assert subject.results == {"answered": 1, "timeout": 0, "refused": 0, "unsent": 0}
+    assert subject.results == dict.fromkeys(RESULTS, 0) | {"answered": 1}
 
 
 @given(config=CONFIGS, seed=st.integers(0, 1000))
@@ -354,5 +388,238 @@ def test_results_and_changes_are_counted() -> None:
     fates = until((1.5, ANSWER), (3.5, REFUSE), (4.5, LOSE), (5.5, Fate("unsent")), (FOREVER, ANSWER))
     subject = World(check(), fates).run(7.5).check
     # 0 and 1 are answered, 2 and 3 refused, 4 lost, 5 unsent; then 6, 6.02 and 7.02 are answered.
-    assert subject.results == {"answered": 5, "timeout": 1, "refused": 2, "unsent": 1}
+    assert subject.results == dict.fromkeys(RESULTS, 0) | {"answered": 5, "timeout": 1, "refused": 2, "unsent": 1}
     assert (subject.changes, subject.state, subject.reason) == (2, ACTIVE, "timeout")
+
+
+def test_a_wrong_answer_is_a_failure_with_its_reason() -> None:
+    subject = World(check(), until((1.5, WRONG), (FOREVER, ANSWER))).run(2.5).check
+    assert subject.results == dict.fromkeys(RESULTS, 0) | {"answered": 1, "wrong-answer": 2}
+    assert (subject.state, subject.reason, subject.since) == (ACTIVE, "status 503", None)
+
+
+def test_since_is_when_the_state_changed() -> None:
+    world = World(check(), until((3.5, LOSE), (FOREVER, ANSWER)))
+    assert world.run(2.4).check.since is None
+    assert world.run(3.9).check.since == 2.5
+    assert world.run(9.0).check.since == pytest.approx(4.03)
+
+
+def test_whoever_stays_down_is_asked_less_and_less_often() -> None:
+    """Down at 2.5; with a hold-off of 30 seconds, so that the last question before it ends is at 32."""
+    world = World(check(replace(STEADY, max_interval=8.0), hold_off=30.0), until((FOREVER, LOSE))).run(60)
+    assert world.sent == [0, 1, 2, 3, 5, 9, 17, 25, 32, 40, 48, 56]
+    assert world.states() == [(0, "active"), (2.5, "down"), (32.5, "dead")]
+
+
+def test_the_first_answer_ends_the_back_off() -> None:
+    slow = replace(STEADY, max_interval=8.0)
+    world = World(check(slow), until((20, LOSE), (FOREVER, ANSWER))).run(30)
+    # The next one asks for the second answer of two.
+    assert [round(t, 3) for t in world.sent if t > 17] == [23, 23.02, 24.02, 25.02, 26.02, 27.02, 28.02, 29.02]
+
+    # One that says 503 is asked as often as any other.
+    world = World(check(slow), until((20, LOSE), (FOREVER, WRONG))).run(30)
+    assert [round(t, 3) for t in world.sent if t > 17] == [23, 24, 25, 26, 27, 28, 29, 30]
+
+
+def test_a_longest_interval_below_the_interval_is_none() -> None:
+    world = World(check(replace(STEADY, max_interval=0.1)), until((FOREVER, LOSE))).run(10)
+    assert [b - a for a, b in itertools.pairwise(world.sent)] == [1.0] * 10
+
+
+@given(config=CONFIGS, longest=st.floats(0.05, 10), seed=st.integers(0, 1000))
+def test_the_back_off_has_its_jitter_and_its_bound(config: HealthConfig, longest: float, seed: int) -> None:
+    config = replace(config, max_interval=longest, timeout=0.01)
+    subject = HealthCheck(config, 1000.0, start=0.0, random=random.Random(seed).random)
+    world = World(subject, until((FOREVER, LOSE))).run(100)
+    waits = [b - a for a, b in itertools.pairwise(world.sent)][config.fall :]
+    nominal = config.interval
+    for wait in waits:
+        nominal = max(config.interval, min(2 * nominal, longest))
+        assert nominal * (1 - config.jitter) - 1e-6 <= wait <= nominal * (1 + config.jitter) + 1e-6
+
+
+@pytest.mark.parametrize("interval", [0.01, 1.0])
+def test_connections_to_a_silent_server_are_bounded(interval: float) -> None:
+    subject = check(replace(STEADY, probe=Probe.HTTP3, interval=interval, timeout=60.0))
+    world = World(subject, until((FOREVER, LOSE)), [i * 0.1 for i in range(100)]).run(59)
+    assert len(world.sent) == MOST_CONNECTIONS
+    assert len(world.run(61).sent) > MOST_CONNECTIONS
+
+
+@given(
+    config=CONFIGS,
+    hold_off=st.floats(4, 20),
+    down=st.floats(0.1, 0.5),
+    start=st.floats(0, 5),
+    silence=st.sampled_from([LOSE, REFUSE]),
+)
+def test_flapping_faster_than_the_hold_off_is_never_dead(
+    config: HealthConfig, hold_off: float, down: float, start: float, silence: Fate
+) -> None:
+    """Down for up to half of the hold-off, up for long enough to be asked once: over and over."""
+    config = replace(config, interval=min(config.interval, 1.0), max_interval=None, timeout=0.3)
+    longest_wait = config.interval * (1 + config.jitter) + 0.01
+    down_for, up_for = down * hold_off, max(longest_wait, 0.35)
+
+    def flaps(now: float) -> Fate:
+        return ANSWER if now < start or (now - start) % (down_for + up_for) >= down_for else silence
+
+    world = World(check(config, hold_off), flaps).run(100)
+    assert [dead for _, _, dead in world.history if dead] == []
+
+
+def test_a_flapping_backend_that_is_never_dead_is_down_every_time() -> None:
+    """The same, by hand: two seconds of silence out of three, with a hold-off of five, for a minute."""
+    config = replace(STEADY, interval=0.25, timeout=0.2)
+    world = World(check(config), lambda now: LOSE if now % 3 < 2 else ANSWER).run(60)
+    assert world.check.changes == 40
+    assert [dead for _, _, dead in world.history if dead] == []
+
+
+def test_probes_of_another_kind_are_neither_failures_nor_part_of_a_row() -> None:
+    subject = World(check(), until((FOREVER, LOSE))).run(2.4).check  # two failures, and a third in a moment
+    subject.reconfigure(replace(STEADY, probe=Probe.HTTP3), HOLD_OFF, 2.4)
+    assert not subject.awaits(3)
+    world = World(subject, until((FOREVER, LOSE)))
+    world.now = 2.4
+    assert [state for _, state, _ in world.run(4.9).history] == [ACTIVE]
+    assert world.run(5.6).check.state is DOWN  # by those of 3, 4 and 5
+    assert subject.since == 5.5
+
+
+def test_another_kind_of_probe_raises_nobody_from_the_dead_and_lets_the_others_wait() -> None:
+    other = replace(STEADY, probe=Probe.HTTP3)
+    dying = World(check(), until((FOREVER, LOSE))).run(7.4)
+    dying.check.reconfigure(other, HOLD_OFF, 7.4)
+    assert not dying.run(12.3).check.dead
+    assert dying.run(12.5).check.dead
+    dying.check.reconfigure(STEADY, HOLD_OFF, 12.5)
+    assert dying.run(20).check.dead
+
+
+class Naive(RuleBasedStateMachine):
+    """The rules in their plainest form, beside the check, whatever happens in whatever order.
+
+    Every outcome is remembered, and counted anew each time. Nothing of the suspicions, the back-off and the jitter
+    matters to them.
+    """
+
+    @initialize(config=CONFIGS, spare=st.floats(0, 4), seed=st.integers(0, 99))
+    def begin(self, config: HealthConfig, spare: float, seed: int) -> None:
+        self.config = config
+        self.hold_off = config.timeout + spare
+        self.check = HealthCheck(config, self.hold_off, start=0.0, random=random.Random(seed).random)
+        self.now = 0.0
+        self.deadlines: dict[int, float] = {}
+        self.sent = 0
+        self.outcomes: dict[int, bool] = {}
+        self.state = ACTIVE
+        self.dead = False
+        self.quiet_since = 0.0
+        self.has_failed = False  # since then
+        self.poll()
+
+    def poll(self) -> None:
+        if self.now - self.check.wakeup() > self.config.timeout:  # stopped, or starved
+            self.quiet()
+            self.deadlines = dict.fromkeys(self.deadlines, self.now + self.config.timeout)
+        probe = self.check.poll(self.now)
+        for late in [each for each, deadline in self.deadlines.items() if deadline <= self.now]:
+            self.became(late, False)
+        if self.state is DOWN and self.has_failed and self.now >= self.quiet_since + self.hold_off:
+            self.dead = True
+        if probe is not None:
+            self.sent = probe
+            self.deadlines[probe] = self.now + self.config.timeout
+
+    def quiet(self) -> None:
+        self.quiet_since, self.has_failed = self.now, False
+
+    def lives(self) -> None:
+        self.dead = False
+        self.quiet()
+
+    def became(self, probe: int, answered: bool) -> None:
+        del self.deadlines[probe]
+        self.outcomes[probe] = answered
+        in_order = [self.outcomes[each] for each in sorted(self.outcomes)]
+        row = len(list(itertools.takewhile(answered.__eq__, reversed(in_order))))
+        self.has_failed |= not answered
+        if self.state is ACTIVE and not answered and row >= self.config.fall:
+            self.state = DOWN
+            self.quiet()
+        elif self.state is DOWN and answered and row >= self.config.rise:
+            self.state = ACTIVE
+
+    @rule(seconds=st.floats(0.001, 3))
+    def wait(self, seconds: float) -> None:
+        until = self.now + seconds
+        while (wakeup := max(self.now, self.check.wakeup())) <= until:
+            self.now = wakeup
+            self.poll()
+        self.now = until
+
+    @rule(seconds=st.floats(0.5, 20))
+    def stall(self, seconds: float) -> None:
+        self.now += seconds
+        self.poll()
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data(), is_good=st.booleans())
+    def answer(self, data: st.DataObject, is_good: bool) -> None:
+        """Any probe, in time or long after."""
+        probe = data.draw(st.integers(1, self.sent))
+        self.lives()
+        if is_good:
+            self.check.on_reply(probe, self.now)
+        else:
+            self.check.on_wrong(probe, "status 503", self.now)
+        if probe in self.deadlines:
+            self.became(probe, is_good)
+            if not is_good:
+                self.quiet()
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def refuse(self, data: st.DataObject) -> None:
+        probe = data.draw(st.integers(1, self.sent))
+        self.check.on_refused(probe, self.now)
+        if probe in self.deadlines:
+            self.became(probe, False)
+
+    @precondition(lambda self: self.deadlines)
+    @rule(no_route=st.booleans())
+    def cannot_send(self, no_route: bool) -> None:
+        probe = max(self.deadlines)
+        self.check.on_unsent(probe, self.now, no_route=no_route)
+        if no_route:
+            self.became(probe, False)
+        else:
+            del self.deadlines[probe]
+        self.quiet()
+
+    @rule()
+    def sign_of_life(self) -> None:
+        self.check.on_sign_of_life(self.now)
+        self.lives()
+
+    @rule()
+    def doubt(self) -> None:
+        self.check.doubt(self.now)
+        self.lives()
+
+    @rule()
+    def suspect(self) -> None:
+        self.check.suspect(self.now)
+
+    @invariant()
+    def they_agree(self) -> None:
+        assert (self.check.state, self.check.dead) == (self.state, self.dead)
+        assert not self.dead or self.state is DOWN
+        assert [each for each in range(1, self.sent + 1) if self.check.awaits(each)] == sorted(self.deadlines)
+
+
+TestNaive = Naive.TestCase
+TestNaive.settings = settings(max_examples=150, stateful_step_count=60)

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-import http.client
 import itertools
-import logging
-import os
 import re
-import shutil
 import subprocess
-import sys
-from collections.abc import Callable
+import time
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import ProcessCollector
 from prometheus_client.core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from lb.address import Address
+from lb.activity import Activity
+from lb.cid import ConfigId
+from lb.config import LbConfig
 from lb.engine import BackendCounters, Counters, Drop, ServiceCounters
 from lb.healthcheck import RESULTS, BackendHealth
-from lb.metrics import STATES, BalancerCollector, MetricsServer, Snapshot, XdpInfo
+from lb.metrics import OVERRIDES, PHASES, STATES, BalancerCollector, scrape
+from lb.overrides import Override, Overrides
+from lb.rotation import SlotView
 from lb.router import Verdict
 from lb.routing import BackendState, RoutingTable, Unroutable
+from lb.snapshot import Snapshot, XdpInfo
 from tests.builders import service
+from tests.observe.prometheus import promtool
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
-LOOPBACK = Address("127.0.0.1", 0)
+AT = 5000.0  # when the snapshot was taken, in seconds since 1970
 STATE_OF = {
     "b0": BackendState.ACTIVE,
     "b1": BackendState.DRAINING,
     "b2": BackendState.DOWN,
     "b3": BackendState.DOWN,
+    "b4": BackendState.ACTIVE,
 }
 
 Samples = dict[str, dict[tuple[str, ...], float]]  # by sample name, then label values in alphabetic order of labels
@@ -56,7 +57,12 @@ def snapshot() -> Snapshot:
         resets_pushed=103,
         backends={"b0": BackendCounters(111, 112, 113, 114, 115, 116)},
     )
+    activity = Activity()
+    for now, datagrams in ((17.0, 1), (18.0, 2), (20.0, 2)):
+        seen = ServiceCounters(backends={"b0": BackendCounters(datagrams_to=datagrams)})
+        activity.observe(Counters(services={"web": seen}), now)
     return Snapshot(
+        config=LbConfig(services=()),
         counters=Counters(
             services={"web": web},
             failures={reason: 120 + i for i, reason in enumerate(Drop.ALL)},
@@ -83,21 +89,35 @@ def snapshot() -> Snapshot:
                 "b1": BackendHealth(),
             }
         },
-        tables={"web": RoutingTable.build(service(4), STATE_OF, ["b3"])},
+        tables={"web": RoutingTable.build(service(5), STATE_OF, ["b3"], fenced=["b4"])},
         engine="udp",
         workers=2,
         started_at=1000.0,
+        now=20.0,
+        overrides=Overrides({("web", "b1"): Override(drain=True), ("web", "b4"): Override(weight=7, fence=True)}),
+        activity=activity,
+        rotation={
+            "web": {
+                ConfigId(0): slot("active", last_packet=2.4, key_age=400.4),
+                ConfigId(1): slot("free", last_packet=None, key_age=None),
+            }
+        },
+        weights={"web": {"b0": 0.5}},
         reloads={"ok": 160, "refused": 161},
         reloaded_at=2000.0,
     )
+
+
+def slot(phase: str, *, last_packet: float | None, key_age: float | None) -> SlotView:
+    return SlotView(phase, 3, last_packet, 300.0, None, False, "single-pass", key_age)
 
 
 def xdp_snapshot() -> Snapshot:
     return replace(snapshot(), engine="xdp", xdp=XdpInfo("eth0", "native", "l2"))
 
 
-def collect(now: Callable[[], Snapshot] = snapshot) -> list[Metric]:
-    return list(BalancerCollector(now).collect())
+def collect(now: Snapshot | None = None) -> list[Metric]:
+    return list(BalancerCollector(now or snapshot(), AT).collect())
 
 
 def samples(metrics: list[Metric]) -> Samples:
@@ -135,6 +155,21 @@ def test_every_counter_is_shown_where_it_belongs() -> None:
             for state in STATES
         },
         "quiclb_fail_open": {("web",): 0},
+        "quiclb_backend_weight": {(f"b{i}", "web"): 0.5 if i == 0 else 1 for i in range(5)},
+        "quiclb_backend_ring_share_ratio": {(f"b{i}", "web"): float(i == 0) for i in range(5)},
+        "quiclb_backend_overridden": {
+            (f"b{i}", key, "web"): float((i, key) in {(1, "drain"), (4, "weight"), (4, "fence")})
+            for i in range(5)
+            for key in OVERRIDES
+        },
+        "quiclb_backend_last_datagram_timestamp_seconds": {("b0", "web"): AT - 2},
+        "quiclb_config_id_phase": {
+            (config_id, phase, "web"): float(phase == current)
+            for config_id, current in (("0", "active"), ("1", "free"))
+            for phase in PHASES
+        },
+        "quiclb_config_id_last_datagram_timestamp_seconds": {("0", "web"): AT - 2},
+        "quiclb_cid_key_timestamp_seconds": {("0", "web"): AT - 400},
         "quiclb_backend_state_changes_total": {("b0", "web"): 140, ("b1", "web"): 0},
         "quiclb_probes_total": {
             **{("b0", result, "web"): 141 + i for i, result in enumerate(RESULTS)},
@@ -151,6 +186,7 @@ def test_every_counter_is_shown_where_it_belongs() -> None:
         "quiclb_sockets": one([()], 135),
         "quiclb_sockets_limit": one([()], 136),
         "quiclb_reloads_total": {("ok",): 160, ("refused",): 161},
+        "quiclb_config_last_reload_successful": one([()], 1),
         "quiclb_config_last_reload_success_timestamp_seconds": one([()], 2000),
         "quiclb_start_time_seconds": one([()], 1000),
         "quiclb_workers": one([()], 2),
@@ -158,7 +194,7 @@ def test_every_counter_is_shown_where_it_belongs() -> None:
 
 
 def test_the_xdp_engine_shows_the_same_and_a_little_more() -> None:
-    shown, usual = samples(collect(xdp_snapshot)), samples(collect())
+    shown, usual = samples(collect(xdp_snapshot())), samples(collect())
     assert [key[0] for key in shown.pop("quiclb_build_info")] == ["xdp"]
     del usual["quiclb_build_info"]
     assert {name: values for name, values in shown.items() if name in usual} == usual
@@ -172,14 +208,16 @@ def test_the_xdp_engine_shows_the_same_and_a_little_more() -> None:
 
 def test_failing_open_is_shown_and_nobody_is_dead_then() -> None:
     everybody = dict.fromkeys(STATE_OF, BackendState.DOWN)
-    now = snapshot()
-    table = RoutingTable.build(service(4), everybody, ["b3"])
-    shown = samples(
-        collect(lambda: Snapshot(now.counters, {}, {"web": table}, "udp", 1, 0, now.reloads, 0)),
-    )
+    table = RoutingTable.build(service(5), everybody, ["b3"])
+    shown = samples(collect(replace(snapshot(), tables={"web": table})))
     assert shown["quiclb_fail_open"] == {("web",): 1}
     states = shown["quiclb_backend_state"]
     assert {key for key, value in states.items() if value} == {(b, "web", "down") for b in STATE_OF}
+
+
+def test_a_file_that_was_refused_is_shown_until_one_is_taken() -> None:
+    shown = samples(collect(replace(snapshot(), reload_errors=("services: missing",))))
+    assert shown["quiclb_config_last_reload_successful"] == {(): 0}
 
 
 def documented() -> dict[str, tuple[str, frozenset[str]]]:
@@ -191,7 +229,7 @@ def documented() -> dict[str, tuple[str, frozenset[str]]]:
 
 def test_the_document_lists_exactly_the_metrics_there_are() -> None:
     shown = {}
-    for metric in [*collect(xdp_snapshot), *ProcessCollector(registry=None).collect()]:
+    for metric in [*collect(xdp_snapshot()), *ProcessCollector(registry=None).collect()]:
         for sample in metric.samples:
             shown[sample.name] = (metric.type, frozenset(sample.labels))
     assert documented() == shown
@@ -202,7 +240,9 @@ LISTS = {
     "Verdicts": [v.name.lower() for v in Verdict],
     "Why a connection ID is unroutable": [u.name.lower() for u in Unroutable],
     "Kinds of resets": ["answered", "pushed"],
+    "Phases": list(PHASES),
     "States": list(STATES),
+    "Keys that the operator may override": list(OVERRIDES),
     "Directions": ["to", "from"],
     "Results": list(RESULTS),
     "Why a datagram could not be sent": list(Drop.ALL),
@@ -219,104 +259,33 @@ def test_the_document_explains_every_value_of_a_label() -> None:
 
 
 def test_every_help_text_is_a_sentence_and_every_name_has_our_prefix() -> None:
-    for metric in collect(xdp_snapshot):
+    for metric in collect(xdp_snapshot()):
         assert metric.name.startswith("quiclb_")
         assert re.fullmatch(r"[A-Z1].*\.", metric.documentation), metric.documentation
 
 
-class Scrape:
-    """One answer of a metrics server."""
+def test_a_scrape_is_what_the_collector_says() -> None:
+    body, content_type = scrape(snapshot())
+    assert content_type.split(";")[0] == "text/plain"
+    scraped = samples([m for m in parse_text(body.decode()) if m.name.startswith("quiclb_")])
+    assert scraped.keys() == samples(collect()).keys()
+    assert scraped["quiclb_datagrams_total"] == samples(collect())["quiclb_datagrams_total"]
+    assert b"process_open_fds" in body
 
-    def __init__(self, address: Address, method: str = "GET", path: str = "/metrics", accept: str = "") -> None:
-        client = http.client.HTTPConnection(address.host, address.port, timeout=20)
-        client.request(method, path, headers={"Accept": accept} if accept else {})
-        response = client.getresponse()
-        self.status = response.status
-        self.content_type = response.getheader("Content-Type", "")
-        self.length = int(response.getheader("Content-Length", "0"))
-        self.text = response.read().decode()
-        client.close()
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_a_scrape_is_what_the_collector_says(host: str) -> None:
-    server = MetricsServer(Address(host, 0), snapshot)
-    server.start()
-    try:
-        scrape = Scrape(server.address)
-        assert (scrape.status, scrape.content_type.split(";")[0]) == (200, "text/plain")
-        scraped = samples([m for m in parse_text(scrape.text) if m.name.startswith("quiclb_")])
-        assert scraped == samples(collect())
-        assert "process_open_fds" in scrape.text
-
-        accept = "application/openmetrics-text; version=1.0.0"
-        scrape = Scrape(server.address, accept=accept)
-        assert scrape.content_type.startswith("application/openmetrics-text")
-        parsed = parse_openmetrics(scrape.text)  # type: ignore[no-untyped-call]
-        openmetrics = samples([m for m in parsed if m.name.startswith("quiclb_")])
-        assert openmetrics == samples(collect())
-
-        head = Scrape(server.address, "HEAD")
-        assert (head.status, head.text) == (200, "")
-        assert head.length > 1000
-        assert [Scrape(server.address, path=path).status for path in ("/", "/metric", "/metrics/")] == [200, 404, 404]
-        assert Scrape(server.address, "POST").status == 405
-    finally:
-        server.stop()
-    with pytest.raises(ConnectionRefusedError):
-        Scrape(server.address)
+    body, content_type = scrape(snapshot(), "application/openmetrics-text; version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text")
+    parsed = parse_openmetrics(body.decode())  # type: ignore[no-untyped-call]
+    assert samples([m for m in parsed if m.name.startswith("quiclb_")]).keys() == scraped.keys()
 
 
-def test_an_engine_that_is_late_costs_the_scrape_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
-    problems: list[Exception] = [TimeoutError("2 s"), TimeoutError("2 s"), KeyError("web")]
-
-    def troubled() -> Snapshot:
-        if problems:
-            raise problems.pop(0)
-        return snapshot()
-
-    server = MetricsServer(LOOPBACK, troubled)
-    server.start()
-    try:
-        seen = [Scrape(server.address) for _ in range(4)]
-    finally:
-        server.stop()
-    assert [s.status for s in seen] == [503, 503, 503, 200]
-    assert [s.text for s in seen[:3]] == ["the engine did not answer in time\n"] * 2 + ["see the log\n"]
-    logged = [(r.levelno, r.msg, r.fields) for r in caplog.records if hasattr(r, "fields")]
-    assert logged == [
-        (logging.ERROR, "metrics-error", {"error": "TimeoutError: 2 s"}),
-        (logging.ERROR, "metrics-error", {"error": "KeyError: 'web'"}),
-    ]
-
-
-def test_an_address_that_is_taken_is_named() -> None:
-    first = MetricsServer(LOOPBACK, snapshot)
-    first.start()
-    try:
-        with pytest.raises(OSError, match=re.escape(str(first.address))):
-            MetricsServer(first.address, snapshot).start()
-    finally:
-        first.stop()
-
-
-def test_two_servers_of_one_process_do_not_share_a_registry() -> None:
-    servers = [MetricsServer(LOOPBACK, snapshot) for _ in range(2)]
-    assert len(servers) == 2
-    registry = CollectorRegistry()
-    registry.register(BalancerCollector(snapshot))
-    assert registry.get_sample_value("quiclb_workers") == 2
+def test_what_happened_some_seconds_ago_has_the_time_of_the_wall_clock() -> None:
+    began = time.time()
+    shown = samples(list(parse_text(scrape(snapshot())[0].decode())))
+    (at,) = shown["quiclb_config_id_last_datagram_timestamp_seconds"].values()
+    assert began - 3 <= at <= time.time() - 1
 
 
 def test_promtool_has_nothing_to_say() -> None:
-    promtool = shutil.which("promtool", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if promtool is None:
-        pytest.skip("promtool (of Debian's prometheus) is not installed")
-    server = MetricsServer(LOOPBACK, xdp_snapshot)
-    server.start()
-    try:
-        text = Scrape(server.address).text
-    finally:
-        server.stop()
-    done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    text = scrape(xdp_snapshot())[0].decode()
+    done = subprocess.run([promtool(), "check", "metrics"], input=text, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")

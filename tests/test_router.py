@@ -338,3 +338,32 @@ def test_two_balancers_with_one_configuration_agree_on_a_million_random_packets(
         seen.add(one.verdict)
 
     assert seen >= {Verdict.CID, Verdict.CID_DOWN, Verdict.FALLBACK, Verdict.RESET, Verdict.TABLE_DCID}
+
+
+def test_what_a_predecessor_decided_is_remembered() -> None:
+    """A handshake that began with another process goes on where it was, wherever the ring points now."""
+    router = Router(RoutingTable.build(service()), random=deterministic_random())
+    begun = flow(7)
+    home = router.table.fallback(begun)
+    other = next(b.name for i, b in enumerate(router.table.backends) if i != home)
+    router.adopt(begun, other, now=0.0)
+    route = router.route(long(b"client's choice"), begun, 1.0)
+    assert (route.verdict, router.table.backends[route.backend or 0].name) == (Verdict.TABLE_FLOW, other)
+    late = router.route(long(b"another one"), flow(8), 1.0)
+    assert late.verdict is Verdict.FALLBACK
+
+
+def test_a_fenced_backend_keeps_no_flow_although_all_others_are_down() -> None:
+    """Fail-open forwards to whoever the health checks call DOWN, and not to whom the operator has fenced."""
+    begun = flow(7)
+    router = Router(RoutingTable.build(service()), random=deterministic_random())
+    first = router.route(long(b"client's choice"), begun, 0.0)
+    assert first.backend is not None
+    names = [backend.name for backend in router.table.backends]
+    home = names[first.backend]
+    router.table = RoutingTable.build(service(), dict.fromkeys(names, BackendState.DOWN), fenced=[home])
+    assert router.table.fail_open
+    again = router.route(long(b"client's choice"), begun, 1.0)
+    assert again.verdict is Verdict.FALLBACK
+    assert again.backend is not None
+    assert names[again.backend] != home

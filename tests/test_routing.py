@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import pickle
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -346,3 +348,82 @@ def test_flows_that_differ_in_one_field_spread_evenly(varies: str) -> None:
 
 
 TABLE = RoutingTable.build(make_service())
+
+
+# The operator's word, and when health checks are not believed.
+
+
+def eligible(table: RoutingTable) -> set[str]:
+    return {table.backends[number].name for number in set(table.ring)}
+
+
+def action(table: RoutingTable, name: str) -> Action:
+    found = table.by_cid(Codec(WITH_RESETS).encode(server_id(WITH_RESETS, name), bytes(12)))
+    assert isinstance(found, Server)
+    return found.action
+
+
+@pytest.mark.parametrize("state", BackendState)
+def test_whoever_is_fenced_is_dead_whatever_its_state(state: BackendState) -> None:
+    table = RoutingTable.build(make_service(), {"a": state}, fenced=["a"])
+    assert table.states == (DOWN, ACTIVE, ACTIVE)
+    assert table.dead == table.fenced == {"a"}
+    assert action(table, "a") is Action.RESET
+    assert eligible(table) == {"b", "c"}
+
+
+def test_the_only_backend_can_be_fenced() -> None:
+    """Fail-open doubts health checks, not the operator: this is how a service with one backend ends connections."""
+    table = RoutingTable.build(make_service(["a"]), {}, fenced=["a"])
+    assert not table.fail_open
+    assert action(table, "a") is Action.RESET
+    assert table.fallback(FLOWS[0]) is None
+
+
+def test_with_everybody_else_down_a_fence_holds() -> None:
+    table = RoutingTable.build(make_service(), {"b": DOWN, "c": DOWN}, dead=["b"], fenced=["a"])
+    assert table.fail_open
+    assert table.dead == {"a"}
+    assert [action(table, name) for name in NAMES] == [Action.RESET, Action.FORWARD, Action.FORWARD]
+    assert eligible(table) == {"b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("threshold", "states", "panics"),
+    [
+        (0.0, {"a": DOWN, "b": DOWN}, False),
+        (0.5, {"a": DOWN, "b": DOWN}, True),  # a third is left
+        (0.5, {"a": DOWN}, False),  # two thirds
+        (0.67, {"a": DOWN}, True),
+        (1.0, {}, False),  # all of them: nothing to doubt
+        (0.5, {"a": DOWN, "b": DRAINING}, False),  # half of those that do not drain
+        (0.6, {"a": DOWN, "b": DRAINING}, True),
+        (0.0, {"a": DOWN, "b": DOWN, "c": DOWN}, True),
+        (0.0, {"a": DOWN, "b": DOWN, "c": DRAINING}, False),  # there is somebody to go to
+    ],
+)
+def test_below_the_panic_threshold_states_are_not_believed(
+    threshold: float, states: dict[str, BackendState], panics: bool
+) -> None:
+    service = replace(make_service(), panic_threshold=threshold)
+    table = RoutingTable.build(service, states, dead=["a"])
+    assert table.fail_open is panics
+    assert table.dead == (set() if panics else {"a"})
+    takes_new = {ACTIVE, DOWN} if panics else {ACTIVE}
+    expected = {name for name in NAMES if states.get(name, ACTIVE) in takes_new}
+    assert eligible(table) == (expected or {"c"})
+
+
+def test_weights_stand_in_for_the_services_own() -> None:
+    table = RoutingTable.build(make_service(weights={"a": 1, "b": 1, "c": 2}), weights={"a": 2, "c": 0})
+    assert eligible(table) == {"a", "b"}
+    assert table.shares == pytest.approx((2 / 3, 1 / 3, 0), abs=0.01)
+    same = RoutingTable.build(make_service(weights={"a": 2, "b": 1, "c": 0}))
+    assert table.ring == same.ring
+
+
+def test_a_worker_gets_the_table_whole() -> None:
+    table = RoutingTable.build(make_service(), {"b": DOWN}, dead=["b"], fenced=["a"], weights={"c": 5})
+    copy = pickle.loads(pickle.dumps(table))  # noqa: S301 - our own
+    for name in ("states", "dead", "fenced", "fail_open", "weights", "ring", "shares"):
+        assert getattr(copy, name) == getattr(table, name)

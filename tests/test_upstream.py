@@ -13,8 +13,9 @@ MEMBER = Member("web", "b0", Address("192.0.2.1", 443))
 
 
 class FakeUpstream:
-    def __init__(self) -> None:
+    def __init__(self, since: float = float("-inf")) -> None:
         self.flows: dict[bytes, Flow] = {}
+        self.since = since
 
 
 def flow(seen: float, *, established: bool = True) -> Flow:

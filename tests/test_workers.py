@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
 
 from lb.address import Address
-from lb.control import open_return_paths
+from lb.engines import open_return_paths
 from lb.nat import UdpLimits
+from lb.returnpath import ReturnPath
 from lb.router import RouterLimits
-from lb.routing import RoutingTable, Service
+from lb.routing import Backend, RoutingTable, Service
 from lb.upstream import ServicePolicy
 from lb.workers import WorkerPool, WorkerSettings
 from tests.builders import backends
@@ -33,17 +34,27 @@ def table(name: str, *listen: Address) -> RoutingTable:
 
 
 @contextlib.asynccontextmanager
-async def working(tmp_path: Path, tables: Sequence[RoutingTable], count: int) -> AsyncIterator[WorkerPool]:
-    limits = UdpLimits(flows=100, sockets=10, idle_timeout=60, new_flow_timeout=10, socket_buffer=1 << 20)
-    return_paths = functools.partial(open_return_paths, tmp_path, 100)
+async def working(
+    tmp_path: Path,
+    tables: Sequence[RoutingTable],
+    count: int,
+    *,
+    take_over: bool = False,
+    on_handed_over: Callable[[], None] = lambda: None,
+) -> AsyncIterator[WorkerPool]:
+    limits = UdpLimits(flows=100, sockets=40, idle_timeout=60, new_flow_timeout=10, socket_buffer=1 << 20)
     policies = {t.service.name: POLICY for t in tables}
-    pool = WorkerPool(count, WorkerSettings(limits, policies, return_paths, "text", "error"), suspect=lambda *_: None)
+    settings = WorkerSettings(
+        limits, policies, tmp_path, count, "text", "error", open_return_paths, take_over=take_over
+    )
+    pool = WorkerPool(settings, suspect=lambda *_: None, on_handed_over=on_handed_over)
     await pool.start(tables)
     try:
         yield pool
     finally:
+        before = workers()
         await pool.stop()
-        assert workers() == set()
+        assert len(workers()) <= len(before) - count
 
 
 def workers() -> set[int]:
@@ -142,6 +153,77 @@ def test_a_pool_that_cannot_start_leaves_no_process_behind(tmp_path: Path) -> No
         assert workers() == set()
 
     run(story())
+
+
+@pytest.mark.parametrize(("old", "new"), [(2, 2), (2, 1), (1, 2), (3, 2)])
+def test_a_pool_takes_over_from_a_pool_of_another_size(tmp_path: Path, old: int, new: int) -> None:
+    """Every flow has the same port afterwards, whichever worker it is in, and every address is listened on."""
+    vip = Address("127.0.0.1", free_port())
+    backend = udp_socket()
+    clients = [udp_socket() for _ in range(24)]
+    members = (Backend("b0", Address(*backend.getsockname()), {}),)
+    tables = [RoutingTable.build(Service("web", (vip,), (), members, "a seed"))]
+
+    def asked(client: socket.socket) -> Any:
+        client.sendto(b"\x41" * 50, vip)
+        return backend.recvfrom(100)[1]
+
+    async def story() -> None:
+        handed_over = asyncio.Event()
+        async with contextlib.AsyncExitStack() as stack:
+            async with working(tmp_path, tables, old, on_handed_over=handed_over.set):
+                seen_as = [await asyncio.to_thread(asked, client) for client in clients]
+                pool = await stack.enter_async_context(working(tmp_path, tables, new, take_over=True))
+                await handed_over.wait()
+            for client, port in zip(clients, seen_as, strict=True):
+                backend.sendto(b"download", port)
+                assert await asyncio.to_thread(client.recv, 100) == b"download"
+            if new <= old:  # more sockets of an address share clients out anew
+                assert [await asyncio.to_thread(asked, client) for client in clients] == seen_as
+            else:
+                assert len({await asyncio.to_thread(asked, client) for client in clients}) == len(clients)
+            assert (await pool.counters()).flows_restored == len(clients)
+            assert sorted(n for n in os.listdir(tmp_path) if n.endswith(".map")) == [
+                f"flows-{i}.map" for i in range(new)
+            ]
+
+    run(story())
+    for sock in (backend, *clients):
+        sock.close()
+
+
+def test_a_pool_that_cannot_take_over_from_all_takes_over_from_none(tmp_path: Path) -> None:
+    vip, other = (Address("127.0.0.1", free_port()) for _ in range(2))
+
+    async def story() -> None:
+        handed_over = asyncio.Event()
+        async with working(tmp_path, [table("web", vip)], 2, on_handed_over=handed_over.set) as pool:
+            with udp_socket(other.host, other.port), pytest.raises(OSError, match="cannot listen"):
+                async with working(tmp_path, [table("web", vip, other)], 2, take_over=True):
+                    pass
+            assert await forwarding(pool) == 2
+            await pool.apply([table("web", vip)])  # which waits for a worker that is about to hand over
+            assert not handed_over.is_set()
+
+    run(story())
+
+
+def test_flows_of_workers_that_there_are_no_more_are_restored(tmp_path: Path) -> None:
+    path = ReturnPath(1, Address("192.0.2.1", 1), Address("192.0.2.2", 2), Address("192.0.2.3", 3), 0, None, None, True)
+    for worker in range(5):
+        left = open_return_paths(tmp_path, 10, worker, 5)
+        assert left is not None
+        left.write(0, path._replace(local_port=worker + 1))
+        left.commit()
+        left.close()
+    found = [open_return_paths(tmp_path, 10, worker, 2) for worker in range(2)]
+    ports = [sorted(path.local_port for path in paths.remembered()) for paths in found if paths is not None]
+    assert ports == [[1, 3, 5], [2, 4]]
+    for paths in found:
+        assert paths is not None
+        paths.commit()
+        paths.close()
+    assert sorted(path.name for path in tmp_path.glob("*.map")) == ["flows-0.map", "flows-1.map"]
 
 
 def _bound(address: Address, sock: socket.socket) -> bool:

@@ -364,7 +364,7 @@ class Stage:
         config = {
             **front.keys,
             "runtime-directory": f"run-{name}",
-            "admin": str(front.admin),
+            "metrics": str(front.admin),
             "log": {"format": "json"},
             "services": [*self._services(front.listen), *more],
         }

@@ -80,16 +80,18 @@ class XdpEngine:
         return await self._do(self._plane.counters)
 
     async def stop(self) -> None:
-        """End what this process does. The program stays on the interface, and packets keep flowing."""
+        """End what this process does, once. The program stays on the interface, and packets keep flowing."""
         if self._looking is not None:
             self._looking.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._looking
+            self._looking = None
         if self._thread is not None:
             try:
                 await self._do(self._plane.close)
             finally:
                 self._thread.shutdown()
+                self._thread = None
 
     async def unreachable(self, backends: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], str]:
         """Those of these backends, whether in tables or not yet, that packets cannot be sent to, and why.

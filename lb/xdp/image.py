@@ -272,11 +272,9 @@ def _part(
 
 def _actions(table: RoutingTable) -> list[Action]:
     """What becomes of CIDs of each backend. Whether a dead one's are answered is up to its reset keys."""
-    if table.fail_open:
-        return [Action.FORWARD] * len(table.states)
     return [
         Action.FORWARD
-        if state is not BackendState.DOWN
+        if state is not BackendState.DOWN or (table.fail_open and backend.name not in table.fenced)
         else Action.RESET
         if backend.name in table.dead
         else Action.FORWARD_DOWN

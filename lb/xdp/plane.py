@@ -401,7 +401,7 @@ def _within_reach(table: RoutingTable, unreachable: Collection[str]) -> RoutingT
     if not lost:
         return table
     states = dict(zip(table.index, table.states, strict=True))
-    return RoutingTable.build(table.service, states | lost, table.dead)
+    return RoutingTable.build(table.service, states | lost, table.dead, fenced=table.fenced, weights=table.weights)
 
 
 def _hosts(tables: Sequence[RoutingTable]) -> set[str]:

@@ -52,10 +52,21 @@ class World:
         self._numbers = count(1)
         self.states: dict[str, BackendState] = {}
         self.dead: set[str] = set()
+        self.fenced: set[str] = set()
+        self.weights: dict[str, int] = {}  # the operator's
         self.services = [self._service() for _ in range(random.randint(1, 5))]
 
     def tables(self) -> list[RoutingTable]:
-        return [RoutingTable.build(service, self.states, self.dead) for service in self.services]
+        return [
+            RoutingTable.build(
+                service,
+                self.states,
+                self.dead,
+                fenced=self.fenced & {backend.name for backend in service.backends},
+                weights=self.weights,
+            )
+            for service in self.services
+        ]
 
     def change(self) -> None:
         """Something that an operator or a health check may do, to about half of what there is."""
@@ -105,6 +116,7 @@ class World:
             tuple(backends),
             random.randbytes(4).hex(),
             random.choice(list(UnknownServer)),
+            random.choice((0.0, 0.0, 0.5, 1.0)),
         )
         self._set_states(service)
         return service
@@ -116,6 +128,12 @@ class World:
             self.dead.discard(backend.name)
             if self.states[backend.name] is BackendState.DOWN and self._random.random() < 0.5:
                 self.dead.add(backend.name)
+            self.fenced.discard(backend.name)
+            if self._random.random() < 0.1:
+                self.fenced.add(backend.name)
+            self.weights.pop(backend.name, None)
+            if self._random.random() < 0.2:
+                self.weights[backend.name] = self._random.randrange(4)
 
     def _vip(self, family: int, number: int) -> Address:
         # Several services share an address, and several addresses a port.

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lb.address import Address
+from lb.admin.client import Client, RefusedError, Where
 from lb.cid import CidConfig, Codec, ConfigId
 from tests import namespaces
 from tests.builders import KEY, RESET_KEY, server_id, short
@@ -65,7 +66,8 @@ engine: xdp
 interface: {interface}
 forward: nat
 xdp: {{attach: generic, pin-directory: {self.pins}}}
-admin: "{ADMIN}"
+metrics: "{ADMIN}"
+runtime-directory: {self.file.parent}/run
 log: {{format: json}}
 {extra}
 services:
@@ -123,6 +125,9 @@ services:
         states = self.metrics("quiclb_backend_state")
         (now,) = (labels for labels, value in states.items() if f'backend="{backend}"' in labels and value)
         return now.partition('state="')[2].rstrip('"}')
+
+    def api(self) -> Client:
+        return Client(Where(self.file.parent / "run" / "admin.sock"))
 
     def quiclb(self, *argv: str) -> subprocess.CompletedProcess[str]:
         return quiclb(self.balancer, *argv)
@@ -314,3 +319,52 @@ def test_a_second_balancer_on_the_interface_is_refused(site: Site) -> None:
     assert not first.events("stopped")
     with site.client() as client:
         site.round_trip(client, 0)
+
+
+def test_the_operator_drains_weighs_and_fences_in_the_kernel(site: Site) -> None:
+    site.start()
+    with site.client() as client:
+        seen_as = site.round_trip(client, 1)
+        assert site.api().change("web", "b1", {"drain": True})["state"] == "draining"
+        assert site.round_trip(client, 1) == seen_as
+        assert site.api().change("web", "b1", {"fence": True})["state"] == "fenced"
+        assert len(client.recv(2000)) >= 21  # pushed: it said nothing
+        assert site.api().change("web", "b1", {"fence": False, "drain": None})["state"] == "active"
+        site.round_trip(client, 1)
+        site.api().change("web", "b0", {"weight": 0})
+        client.sendto(short(b"\xff" + os.urandom(19)), VIP)
+        assert site.backends[1].recv(2000)
+
+
+def test_an_upgrade_loses_no_packet_and_no_flow(site: Site) -> None:
+    process = site.start()
+    with site.client() as client:
+        seen_as = site.round_trip(client, 1)
+        successor = site.api().upgrade()["pid"]
+        try:
+            assert process.wait() == 0
+            assert successor != process.process.pid
+            assert "meaning" not in process.event("stopped")  # nothing is left to its own
+            assert site.round_trip(client, 1) == seen_as
+            assert site.metrics("quiclb_datagrams_total")['{service="web",verdict="cid"}'] == 2
+        finally:
+            os.kill(successor, signal.SIGTERM)
+            eventually(lambda: not Path(f"/proc/{successor}").exists() or _is_over(successor))
+
+
+def test_an_upgrade_that_does_not_come_about_changes_nothing(site: Site) -> None:
+    process = site.start()
+    with site.client() as client:
+        seen_as = site.round_trip(client, 1)
+        good = site.file.read_text()
+        site.file.write_text("nonsense")
+        with pytest.raises(RefusedError, match="status 2"):
+            site.api().upgrade()
+        site.file.write_text(good)
+        assert site.round_trip(client, 1) == seen_as
+        assert site.api().change("web", "b1", {"drain": True})["state"] == "draining"  # the old one is in charge
+    assert process.process.poll() is None
+
+
+def _is_over(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"

@@ -1,0 +1,1 @@
+"""The commands, one noun each: their arguments, what they call, and what they print."""
