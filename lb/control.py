@@ -94,7 +94,8 @@ class Balancer:
         self._reloaded_at = self._started_at
         self._reloads = {"ok": 0, "refused": 0}
         self._reload_errors: tuple[str, ...] = ()
-        self._generation = secrets.randbelow(1 << 31)  # not the numbers of the process before, which somebody may hold
+        # Hardly the number that the process before had: somebody may hold that.
+        self._generation = 100 + secrets.randbelow(900)
         self._stop = asyncio.Event()
         self._is_upgrading = self._has_handed_over = False
         self._asked: set[asyncio.Future[None]] = set()  # by signals, and not done yet

@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sockets",),
     ("upstream",),
     ("nat",),
+    ("takeover",),
     ("udp", "negotiation", "http3"),
     ("workers", "health"),
     ("snapshot", "fleet"),
