@@ -10,7 +10,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -31,10 +31,10 @@ from lb.health import HealthMonitor
 from lb.log import event
 from lb.operations import Refused, RotationStep
 from lb.overrides import MAX_WEIGHT, Change
-from lb.overridesfile import read_overrides, write_overrides
-from lb.places import OVERRIDES, admin_addresses, runtime_directory
+from lb.places import DOWN, OVERRIDES, admin_addresses, runtime_directory
 from lb.rotation import Rotation
-from lb.routing import RoutingTable
+from lb.routing import BackendState, RoutingTable
+from lb.runtimefile import Place, read_down, read_overrides, write_down, write_overrides
 from lb.snapshot import Snapshot, XdpInfo
 
 if TYPE_CHECKING:
@@ -106,6 +106,9 @@ class Balancer:
         self._rotation = Rotation(config.services, time.monotonic(), rewrite.key_age)
         self._health = HealthMonitor(config.services, self._on_health)
         self._fleet = Fleet(self._health)
+        self._down = read_down(self._directory / DOWN)  # as the file has it
+        for service, backend, _ in self._down & _places(config):
+            self._health.begin_down(service, backend)
         self._engine = self._new_engine(take_over=take_over)
         self._admin: AdminServer | None = None
 
@@ -316,6 +319,22 @@ class Balancer:
                 meaning="what was changed is in force, and forgotten with this process",
             )
 
+    async def _keep_down(self, services: Sequence[ServiceConfig]) -> None:
+        """Who is DOWN is known to the next process at its first datagram, and not some probes later."""
+        down = frozenset(
+            (s.service.name, b.name, str(b.address))
+            for s in services
+            for b in s.service.backends
+            if self._health.states(s.service.name).get(b.name) is BackendState.DOWN
+        )
+        if down == self._down:
+            return
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, write_down, self._directory / DOWN, down)
+            self._down = down
+        except OSError as error:  # the next process will find out by itself
+            event(logger, logging.WARNING, "down-not-kept", file=self._directory / DOWN, reason=_reason(error))
+
     async def _hand_over(self) -> int:
         """Start a successor, and end once it has everything. Raises OSError if it did not come about."""
         assert self._admin is not None  # noqa: S101 - changes are asked for while it runs
@@ -327,10 +346,14 @@ class Balancer:
             successor = await upgrade.start_successor(self._path, watch=self._watch)
         except OSError:
             self._is_upgrading = False
-            if self._config.engine == "xdp":
-                self._engine = self._new_engine()
-                await self._engine.start(list(self._fleet.tables.values()))
-            await self._admin.start()
+            try:
+                if self._config.engine == "xdp":
+                    self._engine = self._new_engine()
+                    await self._engine.start(list(self._fleet.tables.values()))
+                await self._admin.start()
+            except OSError as error:  # there is no way back: whoever manages us will start us again
+                event(logger, logging.ERROR, "failed", reason=_reason(error))
+                self._stop.set()
             raise
         event(logger, logging.INFO, "handed-over", successor=successor)
         systemd.notify(f"MAINPID={successor}", "READY=1")
@@ -351,6 +374,7 @@ class Balancer:
         tables = await self._build(services)
         await self._engine.apply(list(tables.values()))
         self._fleet.took(tables)
+        await self._keep_down(services)
 
     async def _build(self, services: tuple[ServiceConfig, ...]) -> dict[str, RoutingTable]:
         if self._config.engine == "xdp":
@@ -474,6 +498,10 @@ async def _background(*chores: Coroutine[None, None, None]) -> AsyncIterator[Non
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _places(config: LbConfig) -> frozenset[Place]:
+    return frozenset((s.service.name, b.name, str(b.address)) for s in config.services for b in s.service.backends)
 
 
 def _names(config: LbConfig) -> set[tuple[str, str]]:

@@ -77,6 +77,12 @@ class HealthMonitor:
         for prober in gone:
             prober.stop()
 
+    def begin_down(self, service: str, backend: str) -> None:
+        """A backend was DOWN when a process before this one looked: it is until it answers. To be called at first."""
+        prober = self._probers.get(service, {}).get(backend)
+        if prober is not None:
+            prober.begin_down()
+
     def suspect(self, service: str, backend: str) -> None:
         """Look at a backend more closely for a moment. Names that are not (or no longer) known are ignored."""
         prober = self._probers.get(service, {}).get(backend)
@@ -169,6 +175,10 @@ class _Prober:
         if self.check.suspect(self._clock()):
             event(logger, logging.DEBUG, "backend-suspect", **self._names)
         self._arm()
+
+    def begin_down(self) -> None:
+        self.check.begin_down(self._clock())
+        self._told = (self.check.state, self.check.dead)
 
     def doubt(self) -> None:
         self.check.doubt(self._clock())

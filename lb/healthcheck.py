@@ -60,6 +60,11 @@ class HealthCheck:
         self._calm_until = float("-inf")
         self._suspect_next = False  # suspected again before that
 
+    def begin_down(self, now: float) -> None:
+        """A process before this one found the backend DOWN. So it is until it answers; nobody knows for how long."""
+        self.state = BackendState.DOWN
+        self._begin_hold_off(now)
+
     def wakeup(self) -> float:
         """When `poll` has to be called next. It may be in the past."""
         times = [self._next_probe(), *list(self._deadlines.values())[:1]]

@@ -11,6 +11,7 @@ from lb.config import LbConfig
 
 ADMIN_SOCKET = "admin.sock"
 OVERRIDES = "overrides.json"
+DOWN = "down.json"
 
 
 def default_runtime_directory() -> Path:

@@ -623,3 +623,26 @@ class Naive(RuleBasedStateMachine):
 
 TestNaive = Naive.TestCase
 TestNaive.settings = settings(max_examples=150, stateful_step_count=60)
+
+
+def test_a_backend_that_was_down_before_is_down_until_it_answers() -> None:
+    subject = check()
+    subject.begin_down(0.0)
+    assert subject.state is DOWN
+    world = World(subject, lambda _: ANSWER)
+    world.history = [(0.0, DOWN, False)]
+    [_, (up, state)] = world.run(until=60.0).states()
+    assert state == "active"
+    assert up < STEADY.interval  # the probes of a rise do not wait for the interval
+
+
+def test_a_backend_that_was_down_before_is_not_dead_before_a_whole_hold_off_of_silence() -> None:
+    """Nobody knows for how long it had been silent when the other process ended."""
+    subject = check()
+    subject.begin_down(0.0)
+    world = World(subject, lambda _: LOSE)
+    world.history = [(0.0, DOWN, False)]
+    [_, (dead, state)] = world.run(until=600.0).states()
+    assert state == "dead"
+    assert dead >= HOLD_OFF
+    assert subject.changes == 0

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "server_config"),
     ("engine", "healthcheck", "silence", "slowstart", "places", "overrides", "changes", "yamltext"),
     ("probing",),
-    ("activity", "rotation", "overridesfile", "mmsg", "returnpath", "highwater", "handover"),
+    ("activity", "rotation", "runtimefile", "mmsg", "returnpath", "highwater", "handover"),
     ("sockets",),
     ("upstream",),
     ("nat",),

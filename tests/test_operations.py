@@ -211,6 +211,23 @@ def test_after_a_rise_a_backend_begins_slowly(site: Site) -> None:
     assert slow["ring-share"] == pytest.approx(1 / 11, abs=0.01)
 
 
+def test_who_was_down_gets_nobody_from_the_next_process_until_it_answers(site: Site) -> None:
+    """Killed or upgraded: it does not have to find out again who is down, at the cost of new connections."""
+    process, servers = watched(site, interval="1s", hold_off="60s")
+    servers[1].silent.set()
+    process.event("backend-down")
+    eventually((site.directory / "run" / "down.json").exists)
+    eventually(lambda: "b1" in (site.directory / "run" / "down.json").read_text())
+    process.kill()
+    again = site.start()
+    assert backend(site, "b1")["state"] == "down"
+    assert again.events("backend-down") == []
+    servers[1].silent.clear()
+    again.event("backend-up")
+    eventually(lambda: backend(site, "b1")["state"] == "active")
+    eventually(lambda: "b1" not in (site.directory / "run" / "down.json").read_text())
+
+
 def test_the_state_shows_who_is_asked_for_and_when_last(site: Site) -> None:
     site.start()
     with udp_socket() as client:

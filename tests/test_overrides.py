@@ -1,4 +1,4 @@
-"""What the operator said about backends, in memory and in its file."""
+"""What the operator said about backends, in memory and in its file; and the file of those who were DOWN."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lb.overrides import NOTHING, Change, Override, Overrides
-from lb.overridesfile import read_overrides, write_overrides
+from lb.runtimefile import read_down, read_overrides, write_down, write_overrides
 
 SAID = Overrides(
     {
@@ -84,3 +84,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         write_overrides(path, Overrides())
     assert read_overrides(path) == SAID
     assert [p.name for p in tmp_path.iterdir()] == ["overrides.json"]
+
+
+def test_who_was_down_is_known_to_the_next_process(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "down.json"
+    assert read_down(path) == frozenset()
+    down = {("web", "b", "10.0.0.2:443"), ("web", "a", "[fd00::1]:443")}
+    write_down(path, down)
+    assert read_down(path) == down
+    for nonsense in ('{"web": "a"}', '[["web", "a"]]', '[["web", "a", 1]]', '"web"', "[[[["):
+        path.write_text(nonsense)
+        assert read_down(path) == frozenset()
