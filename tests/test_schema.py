@@ -29,6 +29,10 @@ NOT_FOR_A_SCHEMA = {
     "interface of the udp engine", "forward mode of the udp engine", "section of the udp engine",
     "interface missing", "workers with xdp", "source with a port", "sources of one family", "source in disguise",
     "source that is everybody", "source that is a group", "nat-ports backwards", "nat-ports too high", "constant-time",
+    "metrics on an admin address", "admin twice", "admin for everybody", "socket path too long", "short token",
+    "token for everybody", "token that is not there", "certificate without key", "key without certificate",
+    "client CA without certificate", "writers without client CA", "back-off to less", "status backwards",
+    "CA file that is not there", "CA file without a certificate",
 }  # fmt: skip
 COMPARES_OR_READS = (
     "key file", "reset key", "service name", "backend", "server ID twice", "server ID of the wrong",
