@@ -323,9 +323,9 @@ class Balancer:
         """Who is DOWN is known to the next process at its first datagram, and not some probes later."""
         down = frozenset(
             (s.service.name, b.name, str(b.address))
-            for s in services
+            for s, states in ((s, self._health.states(s.service.name)) for s in services)
             for b in s.service.backends
-            if self._health.states(s.service.name).get(b.name) is BackendState.DOWN
+            if states.get(b.name) is BackendState.DOWN
         )
         if down == self._down:
             return
