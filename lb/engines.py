@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import re
 import resource
@@ -135,20 +136,24 @@ def open_return_paths(
 ) -> ReturnPaths | None:
     """The return path file of one worker of so many; None, and a word in the log, if there can be none.
 
-    What processes left whose numbers nobody has any more is remembered too, each by one worker.
+    Raises OSError if another process has it: that one balances, and would have to share its clients with us. What
+    processes left whose numbers nobody has any more is remembered too, each by one worker.
     """
     found = ((path, re.fullmatch(r"flows-(\d{1,6})\.map", path.name)) for path in directory.glob("flows-*.map"))
     numbered = ((path, int(match[1])) for path, match in found if match)
     orphans = sorted(path for path, number in numbered if number >= workers and number % workers == worker)
     try:
         return ReturnPaths(directory / f"flows-{worker}.map", flows, orphans=orphans, lock=lock)
+    except BlockingIOError:
+        reason = "in use by another quiclb: `quiclb upgrade` replaces it; two of them need two runtime directories"
+        raise OSError(errno.EBUSY, f"{directory}: {reason}") from None
     except OSError as error:
         event(
             logger,
             logging.WARNING,
             "no-return-paths",
             directory=directory,
-            reason="in use by another quiclb" if isinstance(error, BlockingIOError) else error.strerror or str(error),
+            reason=error.strerror or str(error),
             meaning="flows of this process will not survive a crash",
         )
         return None

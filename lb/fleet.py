@@ -64,6 +64,7 @@ class Fleet:
         before, self.tables = self.tables, dict(tables)
         for name, table in tables.items():
             _say_if_failing_open(name, before.get(name), table)
+            _say_if_nobody_is_left(name, before.get(name), table)
 
     def look_around(self, hosts: Iterable[tuple[str, str]], unreachable: Unreachable) -> None:
         """The engine was asked whom of these backends it cannot send to: they are DOWN, whatever they answer."""
@@ -160,3 +161,12 @@ def _say_if_failing_open(name: str, before: RoutingTable | None, table: RoutingT
         )
     elif was_open and not table.fail_open:
         event(logger, logging.INFO, "fail-open-over", service=name)
+
+
+def _say_if_nobody_is_left(name: str, before: RoutingTable | None, table: RoutingTable) -> None:
+    had_somebody = before is None or bool(before.ring)
+    if had_somebody and not table.ring:
+        meaning = "every backend is fenced, or has a weight of 0: nobody takes new connections, and they are dropped"
+        event(logger, logging.ERROR, "no-backend", service=name, fenced=len(table.fenced), meaning=meaning)
+    elif table.ring and not had_somebody:
+        event(logger, logging.INFO, "no-backend-over", service=name)

@@ -147,7 +147,7 @@ def explained_briefly(answer: Mapping[str, Any]) -> str:
             f"{packet}{f', CID {cid}' if cid else ''}{by}{decoded}: "
             f"{service['service']} {service['verdict']}{to}: {service['why']}"
         )
-    return "\n".join(lines)
+    return "\n".join(lines or [f"{packet}: no service listens there; --service says which to ask"])
 
 
 def duration(seconds: float) -> str:

@@ -253,24 +253,21 @@ def test_a_damaged_return_path_file_is_a_word_in_the_log_and_no_more(site: Site)
         site.round_trip(client, site.cid(1), 1)
 
 
-def test_a_second_balancer_on_the_same_runtime_directory_runs_without_it(site: Site) -> None:
-    """If it has no API; the socket of that is one process's, and two in one directory are a mistake."""
-    site.start()
-    first = site.vip
-    site.vip, site.admin = Address("127.0.0.1", free_port()), Address("127.0.0.1", free_port())
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_balancer_on_the_same_runtime_directory_is_refused_before_it_gets_a_packet(
+    site: Site, workers: int
+) -> None:
+    """Started by mistake, its workers could share the addresses, and take clients away that it leaves in a moment."""
+    site.options = f"workers: {workers}"
     site.write()
-    refused = site.start(ready=False)
-    assert "admin.sock" in refused.event("failed")["reason"]
-    assert refused.wait() == 1
-    site.options = "admin: {listen: []}"
-    site.write()
-    second = site.start()
-
-    assert second.event("no-return-paths")["reason"] == "in use by another quiclb"
-    for vip in (site.vip, first):
-        site.vip = vip
-        with udp_socket() as client:
-            site.round_trip(client, site.cid(1), 1)
+    first = site.start()
+    second = site.start(ready=False)
+    assert "run: in use by another quiclb" in second.event("failed")["reason"]
+    assert second.wait() == 1
+    assert second.events("started") == []
+    with udp_socket() as client:
+        site.round_trip(client, site.cid(1), 1)
+    assert first.events("worker-died") == []
 
 
 def test_workers_share_the_work_and_one_that_dies_comes_back(site: Site) -> None:

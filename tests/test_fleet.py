@@ -154,3 +154,15 @@ def test_a_service_that_failed_open_and_has_somebody_again_doubts_the_rest() -> 
     site.health.found = {"b0": ACTIVE, "b1": DOWN}
     assert not site.build().fail_open
     assert site.health.doubted == 1
+
+
+def test_when_everybody_is_fenced_the_log_is_loud(caplog: pytest.LogCaptureFixture) -> None:
+    site = Site(1)
+    caplog.set_level("INFO")
+    site.build()
+    site.say(fence=True)
+    site.build()
+    site.build()
+    site.say()
+    site.build()
+    assert [record.message for record in caplog.records] == ["no-backend", "no-backend-over"]

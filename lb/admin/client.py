@@ -53,8 +53,8 @@ class Where(NamedTuple):
         is_tls = text.startswith(HTTPS)
         host, colon, port = text.removeprefix(HTTPS).rstrip("/").rpartition(":")
         host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        is_port = port.isascii() and port.isdigit() and 0 < int(port[:6]) <= MAX_PORT
-        if not colon or not host or not is_port or "/" in host or not host.isprintable() or " " in host:
+        is_port = port.isascii() and port.isdigit() and len(port) <= len(str(MAX_PORT)) and 0 < int(port) <= MAX_PORT
+        if not colon or not is_port or "/" in host or not _is_host(host):
             raise ValueError(f"{text!r}: expected unix:PATH, HOST:PORT or https://HOST:PORT")
         return cls(None, host, int(port), is_tls)
 
@@ -178,6 +178,15 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))
+
+
+def _is_host(text: str) -> bool:
+    """Whether a resolver can be asked for it, which raises what is no OSError for what is no name."""
+    try:
+        text.encode("idna")
+    except UnicodeError:
+        return False
+    return bool(text) and text.isprintable() and " " not in text
 
 
 def _backend_path(service: str, backend: str) -> str:

@@ -59,7 +59,7 @@ def terminate(*_: object) -> None:
 
 
 def positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 0 < int(text[:12]) <= MAX_COUNT:
+    if not text.isascii() or not text.isdigit() or len(text) > len(str(MAX_COUNT)) or not 0 < int(text) <= MAX_COUNT:
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer, 1 to {MAX_COUNT}")
     return int(text)
 

@@ -101,7 +101,8 @@ Exit status: 0 done, 1 failed, 2 wrong arguments.""",
         """Declare a backend dead: for when you know that it is gone and do not want to wait
 for the health checks. It gets no packets. Its clients are told at once by stateless
 resets, if there are reset keys: they lose their connections and may make new ones.
-That lasts until `quiclb unfence`, whatever the checks say.""",
+That lasts until `quiclb unfence`, whatever the checks say. When every backend of a
+service is fenced, nobody gets its packets.""",
         """examples:
   quiclb fence a
 
@@ -251,6 +252,6 @@ def _json(found: Member) -> dict[str, Any]:
 def _weight(text: str) -> int | None:
     if text == "file":
         return None
-    if not text.isascii() or not text.isdigit() or int(text[:6]) > MAX_WEIGHT:
+    if not text.isascii() or not text.isdigit() or len(text) > len(str(MAX_WEIGHT)) or int(text) > MAX_WEIGHT:
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer, 0 to {MAX_WEIGHT}, or `file`")
     return int(text)

@@ -17,6 +17,8 @@ from lb.keyfile import read_token
 from lb.places import ADMIN_SOCKET, admin_addresses, default_runtime_directory
 from lb.terminal import plain
 
+# Ours.
+MAX_SHOWN = 200  # letters of an argument that is told of
 VARIABLE = "QUICLB_ADMIN"
 FINDING = f"""The balancer is the one at --admin, or at ${VARIABLE}, or where -c FILE says that its API
 is, or at {ADMIN_SOCKET} in the default runtime directory."""
@@ -77,7 +79,7 @@ def member(state: dict[str, Any], name: str) -> Member:
     names = [one.name for one in there]
     near = difflib.get_close_matches(name, [*names, *(one.shown["name"] for one in there)], 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ArgumentError(f"{name}: no such backend{hint}")
+    raise ArgumentError(f"{plain(name[:MAX_SHOWN])}: no such backend{hint}")
 
 
 def service(names: list[str], wanted: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from lb.address import Address
 from lb.admin.client import Client, RefusedError
 from lb.cid import MAX_CID_LENGTH_V1
 from lb.commands.arguments import FAILED, OK, ArgumentError, add, file, json_flag, udp_address
-from lb.commands.balancer import add_admin, client, service
+from lb.commands.balancer import MAX_SHOWN, add_admin, client, service
 from lb.config import load_config
 from lb.pcap import Capture, Datagram
 from lb.routing import BackendState, RoutingTable
@@ -48,8 +49,9 @@ It is held against a configuration (-c FILE), with all backends up, or against a
 running balancer as it is now (--admin, or the one in the default runtime directory).
 
 Of a capture those datagrams are explained that went to an address of a service, or
-to --local, one after the other: what a balancer would remember of one counts for the
-next. A running balancer is asked in portions of 256, and remembers within each.
+to --local (with --service, if none listens there), one after the other: what a
+balancer would remember of one counts for the next. A running balancer is asked in
+portions of 256, and remembers within each.
 Flows have numbers instead of addresses: who sees which server a client has learns
 something that CIDs are encrypted for. --addresses shows both all the same.
 Fragments are skipped and counted, and so is whatever else is no UDP.""",
@@ -91,8 +93,9 @@ def _explain(args: argparse.Namespace) -> int:
         return cid_tool.json_lines(lambda line: asked.answer({**given, **line}), {}, sys.stdin.buffer, sys.stdout)
     octets = _hex(what)
     if octets is None:
-        if what != "-" and not Path(what).exists():
-            raise ArgumentError(f"{what}: neither hex digits, two for each octet, nor a file")
+        if what != "-" and (what == "." or not os.path.exists(what)):  # "." is what an empty argument becomes
+            shown = terminal.plain(what[:MAX_SHOWN])
+            raise ArgumentError(f"{shown}: neither hex digits, two for each octet, nor a file")
         return _capture(asked, what, args)
     question = "datagram" if args.datagram or len(octets) > MAX_CID_LENGTH_V1 else "cid"
     try:

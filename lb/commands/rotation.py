@@ -218,7 +218,7 @@ def _rewritten(step: Mapping[str, Any], balancer: Client, args: argparse.Namespa
 
 
 def _between(text: str, low: int, high: int) -> int:
-    if not text.isascii() or not text.isdigit() or not low <= int(text[:4]) <= high:
+    if not text.isascii() or not text.isdigit() or len(text) > len(str(high)) or not low <= int(text) <= high:
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer, {low} to {high}")
     return int(text)
 

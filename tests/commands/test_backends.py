@@ -214,6 +214,8 @@ def test_a_signal_ends_the_waiting_and_leaves_the_drain(
         (["drain", "b4", "--quiet", "-1s"], "argument --quiet: expected one argument"),
         (["drain", "b4", "--quiet", "1e3s"], "argument --quiet: '1e3s': expected a duration"),
         (["weight", "b4", "1001"], "'1001': expected an integer, 0 to 1000, or `file`"),
+        (["weight", "b4", "0000005000"], "'0000005000': expected an integer, 0 to 1000, or `file`"),
+        (["drain", "\x1b[31m"], "quiclb: ?[31m: no such backend"),
         (["weight", "b4", "-1"], "'-1': expected an integer, 0 to 1000, or `file`"),
         (["weight", "b4", "1.5"], "'1.5': expected an integer, 0 to 1000, or `file`"),
         (["weight", "b4", "\u0661"], "expected an integer"),

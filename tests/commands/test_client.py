@@ -95,7 +95,11 @@ def test_addresses(text: str, where: Where) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", ":", "unix:", "host", "host:", "host:0", "host:65536", "host:\u0661", ":1", "http://a:1", "a b:1", "a/b:1"],
+    [
+        *("", ":", "unix:", "host", "host:", "host:0", "host:65536", "host:\u0661"),
+        *(":1", "http://a:1", "a b:1", "a/b:1"),
+        *("host:0000011111111", f"{'a' * 64}:1", "b\u00fc..x:1"),  # of which a resolver says what is no OSError
+    ],
 )
 def test_addresses_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):

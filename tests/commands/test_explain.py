@@ -225,6 +225,8 @@ def test_a_capture_from_elsewhere_is_looked_at_by_its_own_address(quiclb: Quiclb
     (tmp_path / "some.pcapng").write_bytes(pcapng([(0, ethernet(packet)) for packet in packets]))
     at = ["explain", "-c", config, "--summary", tmp_path / "some.pcapng"]
     assert quiclb(*at)[1] == "0 flows: nothing\nskipped: not for a service 1\n"
+    assert "header, " in (line := quiclb(*at[:-2], "--local", "10.9.9.9:4433", at[-1])[1])
+    assert "no service listens there; --service says which to ask\n" in line
     assert quiclb(*at, "--local", "10.9.9.9:4433", "--service", "web")[1] == "1 flow: cid 1\nskipped: nothing\n"
 
 
@@ -275,6 +277,8 @@ def test_flows_are_numbered_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -
     ("argv", "status", "message"),
     [
         (["zz"], 2, "zz: neither hex digits, two for each octet, nor a file"),
+        ([""], 2, "neither hex digits, two for each octet, nor a file"),
+        (["z" * 100_000], 2, f"quiclb: {'z' * 200}: neither hex digits"),
         (["07c"], 2, "07c: neither hex digits, two for each octet, nor a file"),
         (["--service", "w", "00"], 2, "--service w: expected one of web, "),
         (["--client", "here", "00"], 2, "argument --client: 'here': expected ADDRESS:PORT"),

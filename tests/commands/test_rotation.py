@@ -73,6 +73,7 @@ def test_a_refused_step_is_told_with_all_reasons(quiclb: Quiclb, balancer: Runni
     [
         (["activate"], "the following arguments are required: CONFIG-ID"),
         (["activate", "7"], "argument CONFIG-ID: '7': expected an integer, 0 to 6"),
+        (["activate", "0000999"], "argument CONFIG-ID: '0000999': expected an integer, 0 to 6"),
         (["retire", "x"], "argument CONFIG-ID: 'x': expected an integer, 0 to 6"),
         (["retire", "0", "--plaintext"], "unrecognized arguments: --plaintext"),
         (["prepare", "--server-id-length", "16"], "'16': expected an integer, 1 to 15"),

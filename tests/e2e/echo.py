@@ -26,6 +26,8 @@ INTERVAL = 0.002  # seconds from one datagram of a socket to its next
 GRACE = 2.0  # seconds that an answer may take; on this network it takes far less than a millisecond
 SIZE = 60  # octets of a datagram
 NUMBER = 8  # octets, the last ones, are its number
+# Each is used once: a balancer remembers 4-tuples for longer than a test takes. The kernel gives away others.
+PORTS = itertools.count(10_000)
 
 
 def service(stage: Stage, *backends: str, nobody: str | None = None) -> dict[str, Any]:
@@ -135,11 +137,11 @@ class Caller(asyncio.DatagramProtocol):
 
 @contextlib.asynccontextmanager
 async def callers(target: Address, dcids: Iterable[bytes]) -> AsyncIterator[list[Caller]]:
-    """A caller for each connection ID, on ports of their own."""
+    """A caller for each connection ID, on ports that nobody had before."""
     async with contextlib.AsyncExitStack() as opened:
         made = [Caller(target, dcid) for dcid in dcids]
         for caller in made:
-            await _open(opened, caller, Address(source_towards(target), 0))
+            await _open(opened, caller, Address(source_towards(target), next(PORTS)))
         yield made
 
 
