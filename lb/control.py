@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -89,6 +90,7 @@ class Balancer:
         self._path = path
         self._config = config
         self._watch = watch
+        self._as_read = watching.signature(self._files()) if watch else None
         self._directory = runtime_directory(config)
         self._started_at = time.time()
         self._reloaded_at = self._started_at
@@ -152,7 +154,8 @@ class Balancer:
         upgrade.say_ready()
         chores = [self._keep_fresh(), self._keep_counting(), systemd.keep_watchdog_fed()]
         if self._watch:
-            chores.append(watching.watch(self._files, lambda: self._reload_quietly("watch")))
+            reload = functools.partial(self._reload_quietly, "watch")
+            chores.append(watching.watch(self._files, reload, known=self._as_read))
         async with _background(*chores):
             await self._stop.wait()
 
@@ -226,7 +229,7 @@ class Balancer:
             systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 return await self._hand_over()
-            except OSError as error:
+            except Exception as error:
                 systemd.notify("READY=1")
                 event(logger, logging.ERROR, "upgrade-failed", reason=_reason(error))
                 raise Refused("failed", _reason(error)) from error
@@ -237,6 +240,8 @@ class Balancer:
     async def _only_one(self, generation: int | None) -> AsyncIterator[None]:
         """One change at a time, and none by those who have not seen the latest."""
         async with self._changing:
+            if self._has_handed_over:
+                raise Refused("failed", "another process has taken over from this one: ask again")
             if generation is not None and generation != self._generation:
                 reason = f"generation {generation}: it is {self._generation} by now: look again"
                 raise Refused("stale", reason)
@@ -285,8 +290,12 @@ class Balancer:
         return said
 
     async def _reload_quietly(self, who: str) -> None:
-        with contextlib.suppress(ConfigErrors, OSError, Refused):  # logged already, and metrics say so
+        try:
             await self.reload(who=who)
+        except (ConfigErrors, OSError, Refused):
+            pass  # logged already, and metrics say so
+        except Exception:  # whatever it is, it must not be the last time that somebody looks
+            logger.exception("%s", who)
 
     def _refuse_change(self, service: str, backend: str, change: Change) -> None:
         section = next((s for s in self._config.services if s.service.name == service), None)
@@ -344,14 +353,14 @@ class Balancer:
         await self._admin.release()
         try:
             successor = await upgrade.start_successor(self._path, watch=self._watch)
-        except OSError:
+        except Exception:
             self._is_upgrading = False
             try:
                 if self._config.engine == "xdp":
                     self._engine = self._new_engine()
                     await self._engine.start(list(self._fleet.tables.values()))
                 await self._admin.start()
-            except OSError as error:  # there is no way back: whoever manages us will start us again
+            except (OSError, QuicLbError) as error:  # there is no way back: whoever manages us will start us again
                 event(logger, logging.ERROR, "failed", reason=_reason(error))
                 self._stop.set()
             raise
@@ -422,7 +431,8 @@ class Balancer:
             self._stale.clear()
             try:
                 async with self._changing:
-                    await self._apply(self._config.services)
+                    if not self._has_handed_over:
+                        await self._apply(self._config.services)
             except Exception:  # whatever it is, it must not be the last that the engine hears of the health checks
                 logger.exception("the tables stay as they are, for now")
                 self._stale.set()

@@ -43,14 +43,21 @@ async def start_successor(config: Path, *, watch: bool, patience: float = PATIEN
                 if said == _READY:
                     return process.pid
                 status = await process.wait()
+        except asyncio.CancelledError:  # we are told to stop: it is not to go on in our place
+            _kill(process)
+            raise
         except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            _kill(process)
             await process.wait()
             raise OSError(f"the successor was not ready within {patience:.0f} seconds") from None
         raise OSError(f"the successor ended with status {status}; its log says why")
     finally:
         transport.close()
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
 
 
 def say_ready() -> None:

@@ -28,20 +28,29 @@ def signature(paths: Iterable[Path]) -> Signature:
 
 
 async def watch(
-    files: Callable[[], Iterable[Path]], changed: Callable[[], Awaitable[None]], *, interval: float = INTERVAL
+    files: Callable[[], Iterable[Path]],
+    changed: Callable[[], Awaitable[None]],
+    *,
+    known: Signature | None = None,
+    interval: float = INTERVAL,
 ) -> None:
     """Call `changed` whenever any of the files has changed and then stayed as it is for one interval. Never returns.
 
-    `files` is asked at every look: a new configuration may name other keys.
+    `known` is the signature of the files as they were read; by default, as they are now. `files` is asked again after
+    each call: a new configuration may name other keys.
     """
     loop = asyncio.get_running_loop()
     paths = list(files())
-    known = before = await loop.run_in_executor(None, signature, paths)
+    if known is None:
+        known = await loop.run_in_executor(None, signature, paths)
+    before = known
     while True:
         await asyncio.sleep(interval)
         found = await loop.run_in_executor(None, signature, paths)
         if found != known and found == before:
             await changed()
-            paths = list(files())
-            known = found = await loop.run_in_executor(None, signature, paths)
+            # What was written since then has not been read: only files that are new to us are taken as they are now.
+            seen, paths = dict(zip(paths, found, strict=True)), list(files())
+            now = await loop.run_in_executor(None, signature, paths)
+            known = found = tuple(seen.get(path, state) for path, state in zip(paths, now, strict=True))
         before = found

@@ -72,3 +72,28 @@ def test_a_mounted_configmap_changes_by_a_symlink(tmp_path: Path) -> None:
     (tmp_path / "..tmp").symlink_to("v2")
     (tmp_path / "..tmp").replace(tmp_path / "..data")
     assert signature([tmp_path / "lb.yaml"]) != before
+
+
+def test_what_is_written_while_the_files_are_read_is_not_missed(tmp_path: Path) -> None:
+    asyncio.run(_written_meanwhile(tmp_path))
+
+
+async def _written_meanwhile(tmp_path: Path) -> None:
+    config = tmp_path / "lb.yaml"
+    config.write_text("one")
+    read: list[str] = []
+
+    async def changed() -> None:
+        read.append(config.read_text())
+        if len(read) == 1:
+            config.write_text("three, while two is being applied")
+
+    as_read = signature([config])
+    config.write_text("two, before anybody watches")
+    task = asyncio.create_task(watch(lambda: [config], changed, known=as_read, interval=0.005))
+    try:
+        await until(lambda: len(read) == 2)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert read == ["two, before anybody watches", "three, while two is being applied"]
