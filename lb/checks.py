@@ -152,7 +152,11 @@ class Section:
         if http3.ca_file is None or http3.ca_file is INVALID:
             return
         try:
-            found = b"-----BEGIN CERTIFICATE-----" in http3.ca_file.read_bytes()[:MAX_CA_FILE]
+            if not http3.ca_file.is_file() and http3.ca_file.exists():  # a pipe would be waited for
+                reading.mistake(path, f"{shown_file(http3.ca_file)}: expected a regular file")
+                return
+            with http3.ca_file.open("rb") as file:
+                found = b"-----BEGIN CERTIFICATE-----" in file.read(MAX_CA_FILE)
         except OSError as error:
             reading.mistake(path, f"{shown_file(http3.ca_file)}: cannot be read: {error.strerror}")
             return

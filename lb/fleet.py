@@ -31,7 +31,8 @@ class Fleet:
         self._health = health
         self._clock = clock
         self._slow_start = SlowStart()
-        self._weights: dict[str, dict[str, float]] = {}
+        self._weights: dict[str, dict[str, float]] = {}  # of the tables that were built last
+        self.weights: Mapping[str, Mapping[str, float]] = {}  # of those that the engine took: less while they rise
         self._due: float | None = None  # when somebody's share grows next
 
     async def build(self, services: Sequence[ServiceConfig], overrides: Overrides) -> dict[str, RoutingTable]:
@@ -62,6 +63,7 @@ class Fleet:
     def took(self, tables: Mapping[str, RoutingTable]) -> None:
         """The engine obeys these now."""
         before, self.tables = self.tables, dict(tables)
+        self.weights = {name: dict(self._weights.get(name, {})) for name in tables}
         for name, table in tables.items():
             _say_if_failing_open(name, before.get(name), table)
             _say_if_nobody_is_left(name, before.get(name), table)
@@ -78,11 +80,6 @@ class Fleet:
     def is_due(self) -> bool:
         """Whether time alone makes other tables than those that were built last."""
         return self._due is not None and self._due <= self._clock()
-
-    @property
-    def weights(self) -> Mapping[str, Mapping[str, float]]:
-        """The weights that backends have now, by service: those of file and operator, less while they start slowly."""
-        return self._weights
 
     def _found(self, config: ServiceConfig) -> dict[str, BackendState]:
         name = config.service.name

@@ -21,7 +21,7 @@ from itertools import repeat
 from pathlib import Path
 
 from lb.address import Address
-from lb.engine import Counters, Drop, Suspect
+from lb.engine import Counters, Drop, Suspect, add_counters
 from lb.handover import Handover, Sockets
 from lb.log import event
 from lb.mmsg import Batch, socket_address
@@ -221,10 +221,10 @@ class UdpEngine:
         counters = self._counters
         counters.flows = self._nat.flows.count
         counters.sockets = self._nat.sockets
-        counters.services = {}
-        for name, service in self._services.items():
-            counters.services[name] = service.counted()
-        return counters
+        counters.services = {name: service.counted() for name, service in self._services.items()}
+        moment = Counters()  # which others may look at for as long as they like
+        add_counters(moment, counters)
+        return moment
 
     async def stop(self) -> None:
         """Close everything. Return paths stay in their file, for a successor."""

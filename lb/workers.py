@@ -199,7 +199,13 @@ class _Worker:
         """Send a request and wait for its answer. Raises what the worker raised, or ConnectionError if it is gone.
 
         One that does not answer in time is ended: its successor has its flows, and the others are not kept waiting.
+        Whoever is cancelled leaves the answer to be waited for: it must not be taken for that to the next question.
         """
+        asking = asyncio.ensure_future(self._ask(what, argument, patience))
+        asking.add_done_callback(lambda asked: None if asked.cancelled() else asked.exception())
+        return await asyncio.shield(asking)
+
+    async def _ask(self, what: str, argument: Any, patience: float) -> Any:
         async with self._one_at_a_time:
             writer = self._writer
             if writer is None:

@@ -270,6 +270,7 @@ MISTAKES = {
     "status as a number": ("probe: none", "probe: none, http3: {status: 200}", "services[0].health.http3.status", "200: YAML takes this for an integer"),
     "body of nothing": ("probe: none", "probe: none, http3: {body: \"\"}", "services[0].health.http3.body", "expected a text of 1 to 256"),
     "CA file that is not there": ("probe: none", "probe: none, http3: {verify: true, ca-file: none.pem}", "services[0].health.http3.ca-file", "cannot be read: No such file"),
+    "CA file that is a pipe": ("probe: none", "probe: none, http3: {verify: true, ca-file: pipe}", "services[0].health.http3.ca-file", "pipe: expected a regular file"),
     "CA file without a certificate": ("probe: none", "probe: none, http3: {verify: true, ca-file: long.key}", "services[0].health.http3.ca-file", "holds no certificate in PEM"),
     "phase": ("phase: retiring", "phase: free", "services[0].cid-configs[1].phase", "free: expected prepared, active or retiring"),
     "probe": ("probe: none", "probe: vn", "services[0].health.probe", "vn: expected version-negotiation, http3 or none"),

@@ -166,3 +166,13 @@ def test_when_everybody_is_fenced_the_log_is_loud(caplog: pytest.LogCaptureFixtu
     site.say()
     site.build()
     assert [record.message for record in caplog.records] == ["no-backend", "no-backend-over"]
+
+
+def test_weights_are_those_of_the_tables_that_were_taken() -> None:
+    site = Site(2)
+    site.build()
+    site.say(weight=7)
+    asyncio.run(site.fleet.build([site.config], site.said))  # and the engine could not have them
+    assert site.fleet.weights == {"web": {"b0": 1.0, "b1": 1.0}}
+    site.build()
+    assert site.fleet.weights == {"web": {"b0": 7.0, "b1": 1.0}}

@@ -33,6 +33,7 @@ NOT_FOR_A_SCHEMA = {
     "token for everybody", "token that is not there", "certificate without key", "key without certificate",
     "client CA without certificate", "writers without client CA", "back-off to less", "status backwards",
     "CA file that is not there", "CA file without a certificate",
+    "CA file that is a pipe",
 }  # fmt: skip
 COMPARES_OR_READS = (
     "key file", "reset key", "service name", "backend", "server ID twice", "server ID of the wrong",

@@ -236,3 +236,25 @@ def _bound(address: Address, sock: socket.socket) -> bool:
 
 def _descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def test_an_answer_that_nobody_waits_for_any_more_is_not_taken_for_the_next(tmp_path: Path) -> None:
+    """A snapshot gives up after a while. What comes then must not pass for the answer to new tables."""
+
+    async def story() -> None:
+        async with working(tmp_path, [table("web", Address("127.0.0.1", free_port()))], 1) as pool:
+            slow = pool._workers[0]
+            assert slow._process is not None
+            assert slow._process.pid is not None
+            os.kill(slow._process.pid, signal.SIGSTOP)
+            try:
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.1):
+                        await slow.ask("counters")
+                applied = asyncio.ensure_future(slow.ask("apply", pool.orders))
+                await asyncio.sleep(0)
+            finally:
+                os.kill(slow._process.pid, signal.SIGCONT)
+            assert await applied is None
+
+    run(story())
