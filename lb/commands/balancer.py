@@ -20,8 +20,8 @@ from lb.terminal import plain
 # Ours.
 MAX_SHOWN = 200  # letters of an argument that is told of
 VARIABLE = "QUICLB_ADMIN"
-FINDING = f"""The balancer is the one at --admin, or at ${VARIABLE}, or where -c FILE says that its API
-is, or at {ADMIN_SOCKET} in the default runtime directory."""
+FINDING = f"""The balancer is the one at --admin, or where -c FILE says that its API is, or at
+${VARIABLE}, or at {ADMIN_SOCKET} in the default runtime directory."""
 
 
 class Member(NamedTuple):
@@ -52,12 +52,12 @@ def add_admin(parser: Any, *, has_config: bool = True) -> None:
 def client(args: argparse.Namespace) -> Client:
     """The balancer that the arguments mean. Raises ArgumentError, and ConfigErrors for a file that is given."""
     where, token_file = args.admin, args.token_file
-    if where is None and os.environ.get(VARIABLE):
+    path = getattr(args, "config", None)
+    if where is None and path is None and os.environ.get(VARIABLE):  # what is typed is stronger
         try:
             where = Where.parse(os.environ[VARIABLE])
         except ValueError as error:
             raise ArgumentError(f"${VARIABLE}: {error}") from None
-    path = getattr(args, "config", None)
     if where is None and path is not None:
         loaded = load_config(path)
         where = _configured(loaded, path)

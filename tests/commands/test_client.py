@@ -255,3 +255,15 @@ def test_an_answer_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> No
         client = Client(Where(None, "127.0.0.1", port))
         with pytest.raises(UnreachableError, match="its answer is too long"):
             client.state()
+
+
+def test_a_file_that_is_named_is_stronger_than_the_environment(
+    quiclb: Quiclb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever types `fence a -c FILE` means the balancer of that file, and no other."""
+    write_keys(tmp_path)
+    path = tmp_path / "admin.sock"
+    config = tmp_path / "quiclb.yaml"
+    config.write_text(f"admin: {{listen: ['unix:{path}']}}\n{GOOD}")
+    monkeypatch.setenv("QUICLB_ADMIN", "unix:/the/other")
+    assert quiclb("status", "-c", config) == (1, "", f"quiclb: unix:{path}: no balancer is there\n")
