@@ -13,7 +13,7 @@ from typing import Any
 
 from lb import terminal
 from lb.admin.client import Client, RefusedError, UnreachableError
-from lb.commands.arguments import FAILED, OK, add, duration, json_flag, terminate
+from lb.commands.arguments import FAILED, OK, ArgumentError, add, duration, json_flag, terminate
 from lb.commands.balancer import FINDING, Member, add_admin, client, member
 from lb.overrides import MAX_WEIGHT
 
@@ -163,6 +163,8 @@ def _undrain(args: argparse.Namespace) -> int:
 
 
 def _drain(args: argparse.Namespace) -> int:
+    if args.timeout is not None and not args.wait:
+        raise ArgumentError("--timeout: expected --wait as well")
     balancer = client(args)
     found = _changed(balancer, member(balancer.state(), args.backend), {"drain": True})
     if not args.wait:

@@ -210,6 +210,7 @@ def test_a_signal_ends_the_waiting_and_leaves_the_drain(
     ("argv", "message"),
     [
         (["drain", "b4", "--timeout", "5"], "argument --timeout: '5': expected a duration"),
+        (["drain", "b4", "--timeout", "5s"], "--timeout: expected --wait as well"),
         (["drain", "b4", "--timeout", "0s"], "argument --timeout: '0s': expected a duration"),
         (["drain", "b4", "--quiet", "-1s"], "argument --quiet: expected one argument"),
         (["drain", "b4", "--quiet", "1e3s"], "argument --quiet: '1e3s': expected a duration"),
