@@ -14,7 +14,7 @@ from lb.forward import Forward
 from lb.keyfile import read_token
 from lb.keys import AdminConfig, LbConfig, Limits, Probe, ServiceConfig, ServiceKeys, XdpConfig, read_key_file
 from lb.kinds import Duration
-from lb.reset import RESET_KEY_LENGTH
+from lb.reset_scheme import Keys, Scheme
 from lb.routing import Backend, CidSlot, Service
 from lb.schema import INVALID, Reading, noun
 
@@ -37,20 +37,26 @@ class Section:
         for i, cid_keys in valid(keys.cid_configs):
             where = f"{path}.cid-configs[{i}]"
             self.configs[i] = cid_keys.cid_config(where, reading)
-            self.reset_keys[i] = read_key_file(
-                cid_keys.reset_key_file, RESET_KEY_LENGTH, f"{where}.reset-key-file", reading
-            )
+            self.reset_keys[i] = self._read_reset_key(cid_keys.reset_key_file, f"{where}.reset-key-file", reading)
         self._check_cid_configs(reading)
         self._check_backends(reading)
         self._check_server_ids(reading)
         self._check_times(reading)
         self._check_http3(reading)
+        self._check_resets(reading)
 
     def build(self) -> ServiceConfig:
         """The service, once there are no mistakes."""
         keys = self.keys
+        has_workers = keys.resets.scheme is Scheme.NGINX
         backends = tuple(
-            Backend(b.name, b.address, {c: frozenset(ids) for c, ids in b.server_ids.items()}, b.weight)
+            Backend(
+                b.name,
+                b.address,
+                {c: frozenset(ids) for c, ids in b.server_ids.items()},
+                b.weight,
+                {c: tuple(ids) for c, ids in b.server_ids.items()} if has_workers else {},
+            )
             for b in keys.backends
         )
         slots = tuple(CidSlot(config, self.reset_keys[i]) for i, config in self.configs.items())
@@ -63,6 +69,7 @@ class Section:
                 keys.seed,
                 keys.unknown_server,
                 keys.health.panic_threshold,
+                keys.resets.rule,
             ),
             health=keys.health,
             resets=keys.resets,
@@ -144,6 +151,26 @@ class Section:
                 f"{times.to_json(resets.hold_off)}: expected at least {self.path}.health.timeout, "
                 f"which is {times.to_json(health.timeout)}",
             )
+
+    def _read_reset_key(self, name: Path | None, path: str, reading: Reading) -> Any:
+        resets = self.keys.resets
+        if resets is INVALID or INVALID in (resets.scheme, resets.keys):
+            return INVALID if name is not None else None  # how long it is cannot be told
+        lengths = resets.rule.key_lengths
+        key = read_key_file(name, lengths[0], path, reading, lengths[-1])
+        is_text = resets.scheme is Scheme.HAPROXY and resets.keys is Keys.SHARED
+        if name is not None and is_text and isinstance(key, bytes) and not all(0x20 <= octet <= 0x7E for octet in key):
+            reading.mistake(path, f"{shown_file(name)}: expected the octets of cluster-secret, a text, in hex")
+        return key
+
+    def _check_resets(self, reading: Reading) -> None:
+        resets, path = self.keys.resets, f"{self.path}.resets"
+        if resets is INVALID or resets.scheme is INVALID:
+            return
+        if resets.server_address is not None and resets.scheme is not Scheme.MVFST:
+            reading.mistake(f"{path}.server-address", f"scheme: {resets.scheme} has no use for it")
+        if resets.worker_number is False and resets.scheme is not Scheme.NGINX:
+            reading.mistake(f"{path}.worker-number", f"scheme: {resets.scheme} has no use for it")
 
     def _check_http3(self, reading: Reading) -> None:
         if self.keys.health is INVALID or self.keys.health.http3 is INVALID:

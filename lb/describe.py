@@ -22,6 +22,7 @@ from lb.config import (
     ServiceConfig,
     XdpConfig,
 )
+from lb.reset_scheme import Keys
 from lb.routing import RING_SLOTS, BackendState, CidSlot, RoutingTable, UnknownServer
 from lb.schema import Record
 
@@ -69,6 +70,11 @@ def advice(config: LbConfig) -> Iterator[tuple[str, str]]:
                 yield path, "server IDs of 1 octet: many CIDs that nobody made will seem to be some server's"
             if slot.reset_key is None:
                 yield path, "no reset-key-file: clients of a dead server wait out their idle timeout"
+        if section.resets.keys is Keys.SHARED and any(slot.reset_key for slot in service.cid_slots):
+            yield (
+                f"services[{i}].resets.keys",
+                "shared: each server can end the connections of all, and so can whoever gets a packet to a wrong one",
+            )
 
 
 def _xdp_advice(config: LbConfig) -> Iterator[tuple[str, str]]:

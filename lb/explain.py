@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from lb.address import Address
 from lb.cid import MAX_CID_LENGTH_V1, CidConfig, Codec, ConnectionId, config_id_of
 from lb.packet import Header, parse_header
+from lb.reset_scheme import Scheme
 from lb.router import Route, Router, RouterLimits, Verdict
 from lb.routing import BackendState, FourTuple, RoutingTable, Unroutable
 
@@ -181,6 +182,9 @@ class _Asked:
         why = VERDICT_WHY[route.verdict].format(state=state.upper())
         if route.verdict is Verdict.CID and state == STATES[BackendState.DOWN]:
             why += "; so few are ACTIVE that the health checks are not believed"
+        scheme = self.table.service.reset_rule.scheme
+        if route.verdict is Verdict.RESET and scheme is not Scheme.HMAC_SHA256:
+            why += f", with the token that {scheme} would make"
         if route.verdict is Verdict.FALLBACK and not has_addresses:
             why += ", which are not known here"
         if route.unroutable is not None:

@@ -26,6 +26,7 @@ MIN_UNROUTABLE_LENGTH = 8  # section 3.2
 # Ours.
 BLOCK = 1 << 16  # nonces per reservation: one durable write, and at most as many lost in a crash
 LOW_SHARE = 8  # on_low is called when an eighth of the nonces is left
+SPARE = 1024  # random octets drawn at a time
 RETRY_EVERY = 64  # CIDs between two attempts at a store that fails: a full disk must not cost a write per packet
 
 
@@ -98,6 +99,8 @@ class CidGenerator:
         self._counters: dict[str, _Counter] = {}
         self._sources: list[_Source] = []
         self._attempts = 0
+        self._spares = b""
+        self._spare_at = 0
         self.issued = 0
         """CIDs issued so far, of every kind."""
         self.unroutable_issued = 0
@@ -210,13 +213,21 @@ class CidGenerator:
         config = source.config
         if config.encodes_length and not config.appended_length:
             return source.codec.encode(source.server_id, nonce)
-        spare = self._random(1 + config.appended_length)
+        spare = self._spare(1 + config.appended_length)
         return source.codec.encode(source.server_id, nonce, low_bits=spare[0], appended=spare[1:])
 
     def _unroutable(self) -> ConnectionId:
         """Section 3.2: 0b111, the length (always), and octets that collide no more often than random ones."""
         octets_after = self._unroutable_length - 1
-        return ConnectionId(bytes((UNROUTABLE << 5 | octets_after,)) + self._random(octets_after))
+        return ConnectionId(bytes((UNROUTABLE << 5 | octets_after,)) + self._spare(octets_after))
+
+    def _spare(self, count: int) -> bytes:
+        """Unpredictable octets. Asking for them costs as much as a CID, so many are drawn at a time."""
+        begin, self._spare_at = self._spare_at, self._spare_at + count
+        if self._spare_at > len(self._spares):
+            self._spares = self._random(SPARE)
+            begin, self._spare_at = 0, count
+        return self._spares[begin : self._spare_at]
 
 
 class _Counter:

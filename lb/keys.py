@@ -22,21 +22,23 @@ from lb.kinds import (
     FileName,
     Flag,
     Fraction,
-    Hex,
     HostName,
     HttpAddress,
     Integer,
     InterfaceName,
     IpAddress,
+    Moment,
     Name,
     PortRange,
     Secret,
+    ServerIdText,
     Size,
     StatusRange,
     Text,
     UdpAddress,
     UrlPath,
 )
+from lb.reset_scheme import Keys, ResetRule, Scheme
 from lb.routing import Service, UnknownServer
 from lb.schema import INVALID, ListOf, MappingOf, Reading, Record, key
 
@@ -115,13 +117,38 @@ class HealthConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResetConfig:
-    """When and how often stateless resets are sent; times in seconds, rates per second."""
+    """Which stateless resets are sent, when and how often; times in seconds, rates per second."""
 
+    scheme: Scheme = key(
+        Choice({str(scheme): scheme for scheme in Scheme}),
+        "How the servers make their tokens: see [Resets](resets.md).",
+        Scheme.HMAC_SHA256,
+    )
+    keys: Keys = key(
+        Choice({str(keys): keys for keys in Keys}),
+        "Whether the key in `reset-key-file` is one that each server's own follows from, or the one that all have.",
+        Keys.PER_SERVER,
+    )
+    server_address: str | None = key(
+        IpAddress(),
+        "With `scheme: mvfst`: the address that servers are bound to. By default that of the backend.",
+        None,
+    )
+    worker_number: bool = key(
+        Flag(),
+        "With `scheme: nginx`: whether tokens depend on the worker, as since nginx 1.29.6 and 1.28.3. "
+        "The first of a backend's server IDs is worker 0's, and so on.",
+        True,
+    )
     hold_off: float = key(Duration(0.01, 3600), "How long a backend is DOWN before it is declared dead.", 5.0)
     rate: int = key(Integer(1, MAX_RATE), "Resets per second that answer packets, at most.", 1000)
     prefix_rate: int = key(Integer(1, MAX_RATE), "The same per source prefix, an IPv4 /24 or an IPv6 /56.", 10)
     push_rate: int = key(Integer(1, MAX_RATE), "Resets per second that nobody asked for, at most.", 10_000)
     push: bool = key(Flag(), "Whether clients that say nothing are told too when their server is declared dead.", True)
+
+    @property
+    def rule(self) -> ResetRule:
+        return ResetRule(self.scheme, self.keys, self.server_address, self.worker_number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,12 +300,13 @@ class CidKeys:
         return INVALID if INVALID in (cid_key, self.config_id) else replace(config, key=cid_key)
 
 
-def read_key_file(name: Path | None, length: int, path: str, reading: Reading) -> Any:
-    """The key in a file, if one is named; INVALID, and the mistake noted, if it cannot be used."""
+def read_key_file(name: Path | None, length: int, path: str, reading: Reading, longest: int | None = None) -> Any:
+    """The key in a file, if one is named; INVALID, and the mistake noted, if it cannot be used. It has `length` octets,
+    or any number up to `longest`."""
     if name is None or name is INVALID:
         return None if name is None else INVALID
     try:
-        return read_key(name, length)
+        return read_key(name, length, longest)
     except ValueError as error:
         return reading.mistake(path, str(error))
 
@@ -303,7 +331,10 @@ class CidConfigKeys(CidKeys):
 
     encodes_length: bool = key(Flag(), "Whether the first octet of the servers' CIDs holds the CID's length.", False)
     reset_key_file: Path | None = key(
-        FileName(), "File with the master key of stateless resets, 64 hex digits. Without one there are none.", None
+        FileName(),
+        "File with the key of stateless resets, 64 hex digits, or what `resets.keys: shared` needs. "
+        "Without one there are none.",
+        None,
     )
 
 
@@ -314,7 +345,7 @@ class BackendKeys:
     name: str = key(Name(), "Its name in metrics and logs.")
     address: Address = key(UdpAddress(), "Where it receives; its family need not be its clients'.")
     server_ids: Mapping[ConfigId, tuple[ServerId, ...]] = key(
-        MappingOf(6, "config ID", ListOf(Hex(1, 15), 1, MAX_SERVER_IDS)),
+        MappingOf(6, "config ID", ListOf(ServerIdText(), 1, MAX_SERVER_IDS)),
         "The server IDs it may encode, by config ID.",
         {},
     )
@@ -409,10 +440,13 @@ class ServerKeys:
     cid_config: CidKeys | None = key(
         Record(CidKeys), "How it encodes its server ID. Without it, CIDs are unroutable ones.", None
     )
-    server_id: ServerId | None = key(Hex(1, 15), "Its server ID under this configuration.", None)
+    server_id: ServerId | None = key(ServerIdText(), "Its server ID under this configuration.", None)
     reset_key_file: Path | None = key(
         FileName(), "File with the reset key of its server ID, 64 hex digits. Without one it sends no resets.", None
     )
     nonce_file: Path | None = key(
         FileName(), "File that says which nonces are used up, so that a restart repeats none.", None
+    )
+    made: str | None = key(
+        Moment(), "When this file was made. A server that runs takes no file that is older than the one it has.", None
     )

@@ -6,6 +6,7 @@ what YAML and people would read differently.
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,6 +129,16 @@ class Name(TextKind):
         return text
 
 
+class Moment(TextKind):
+    """A second of UTC. Texts of this form are in the order of the moments, so that they can be compared as they are."""
+
+    words = 'a moment as "2026-11-21T09:42:25Z"'
+    pattern = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z"
+
+    def parse_text(self, text: str, reading: Reading) -> str:
+        return text
+
+
 class Secret(TextKind):
     """Any printable text. No message repeats it."""
 
@@ -144,15 +155,34 @@ class Secret(TextKind):
         return {"type": "string", "maxLength": 256}
 
 
-class Hex(TextKind):
-    """Octets as hex digits."""
+# Hex digits say what they are, and base64 that could be hex digits has to.
+_BASE64 = "[A-Za-z0-9+/]"
+_HEX = "(?:0x)?(?:[0-9A-Fa-f]{2}){1,15}"
+_PADDED = f"(?:{_BASE64}{{4}}){{0,4}}(?:{_BASE64}{{2}}==|{_BASE64}{{3}}=)"
+_FULL = f"(?:{_BASE64}{{4}}){{1,5}}"
 
-    def __init__(self, low: int, high: int) -> None:
-        self.words = f"{low} to {high} octets, two hex digits each, in quotes"
-        self.pattern = f"(?:[0-9A-Fa-f]{{2}}){{{low},{high}}}"
+
+def server_id_octets(text: str) -> bytes:
+    """A server ID, 1 to 15 octets, in hex, or in base64 as cloud controllers tell it to servers. Raises ValueError."""
+    if re.fullmatch(_HEX, text):
+        return bytes.fromhex(text.removeprefix("0x"))
+    digits = text.removeprefix("base64:")
+    if not re.fullmatch(_PADDED, digits) and (digits == text or not re.fullmatch(_FULL, digits)):
+        raise ValueError
+    octets = base64.b64decode(digits)
+    if base64.b64encode(octets).decode() != digits:
+        raise ValueError(f"{shown(text)}: not what base64 makes of any octets")  # bits that nothing follows from
+    return octets
+
+
+class ServerIdText(TextKind):
+    """A server ID, in any of its spellings."""
+
+    words = "1 to 15 octets, two hex digits each, in quotes; or base64 that ends in = or begins with base64:"
+    pattern = f"{_HEX}|{_PADDED}|base64:(?:{_PADDED}|{_FULL})"
 
     def parse_text(self, text: str, reading: Reading) -> bytes:
-        return bytes.fromhex(text)
+        return server_id_octets(text)
 
     def to_json(self, value: bytes) -> str:
         return value.hex()

@@ -12,7 +12,7 @@ BURST_SECONDS = 1.0
 
 
 class _Bucket:
-    """Fills at `rate` tokens per second up to one second's worth, and at least one."""
+    """Fills at `rate` tokens per second up to `burst` of them."""
 
     __slots__ = ("_filled_at", "_tokens")
 
@@ -31,13 +31,16 @@ class _Bucket:
 
 
 class RateLimiter:
-    """Says yes at most `rate` times per second in all and `prefix_rate` times per source prefix. 0 is no limit."""
+    """Says yes at most `rate` times per second in all and `prefix_rate` times per source prefix. 0 is no limit.
 
-    def __init__(self, rate: float, prefix_rate: float) -> None:
+    A bucket holds what comes in `burst_seconds`, and at least one token.
+    """
+
+    def __init__(self, rate: float, prefix_rate: float, burst_seconds: float = BURST_SECONDS) -> None:
         self._rate = rate
-        self._burst = max(1.0, rate * BURST_SECONDS)
+        self._burst = max(1.0, rate * burst_seconds)
         self._prefix_rate = prefix_rate
-        self._prefix_burst = max(1.0, prefix_rate * BURST_SECONDS)
+        self._prefix_burst = max(1.0, prefix_rate * burst_seconds)
         self._common: _Bucket | None = None
         self._buckets: dict[bytes, _Bucket] = {}
 

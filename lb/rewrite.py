@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import secrets
 import stat
@@ -200,7 +201,8 @@ def _prepare(rewriting: _Rewriting, step: RotationStep, undo: contextlib.ExitSta
     made: list[Path] = []
     wanted = [] if step.plaintext else [("key-file", "cid", keygen.cid_key, section.key_files)]
     if like is None or like.reset_key is not None:
-        wanted.append(("reset-key-file", "reset", keygen.reset_key, section.reset_key_files))
+        new_reset_key = functools.partial(keygen.reset_key, section.service.reset_rule)
+        wanted.append(("reset-key-file", "reset", new_reset_key, section.reset_key_files))
     tag = secrets.token_hex(4)  # a config ID comes back with other keys
     for name, kind, make, files in wanted:
         known = files.get(like.config.config_id) if like else None

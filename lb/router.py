@@ -14,7 +14,7 @@ from lb.cid import LENGTH_BITS, UNROUTABLE, ConfigId, ConnectionId
 from lb.flows import FlowTable
 from lb.limiter import RateLimiter
 from lb.packet import Header, parse_header
-from lb.reset import MAX_RESET, reset_datagram, reset_size, reset_token
+from lb.reset import MAX_RESET, reset_datagram, reset_size
 from lb.routing import Action, BackendState, FourTuple, RoutingTable, Server, UnknownServer, Unroutable
 
 
@@ -137,7 +137,7 @@ class Router:
         if isinstance(server, Unroutable) or server.action is not Action.RESET or server.reset_key is None:
             return None
         size = reset_size(2 * MAX_RESET, self._random)  # unprompted: of any size that a data packet could have
-        return reset_datagram(reset_token(server.reset_key, cid), size, self._random) if size else None
+        return reset_datagram(server.reset_key.token(cid), size, self._random) if size else None
 
     def adopt(self, flow: FourTuple, backend: str, now: float) -> None:
         """Remember a decision that a predecessor took: this 4-tuple belongs to the backend of that name."""
@@ -155,7 +155,7 @@ class Router:
             return Route(Verdict.RESET_TOO_SMALL, config_id=server.config_id)
         if not self._resets.allow(flow.client, now):
             return Route(Verdict.RESET_LIMITED, config_id=server.config_id)
-        reply = reset_datagram(reset_token(server.reset_key, cid), size, self._random)
+        reply = reset_datagram(server.reset_key.token(cid), size, self._random)
         return Route(Verdict.RESET, config_id=server.config_id, reply=reply)
 
     def _drops_unknown_servers(self, header: Header) -> bool:

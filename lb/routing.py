@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from lb.address import Address, packed
 from lb.cid import LENGTH_BITS, MAX_CID_LENGTH_V1, UNROUTABLE, CidConfig, Codec, ConfigId, ServerId
-from lb.reset import server_reset_key
+from lb.reset_scheme import USUAL_RULE, ResetRule, TokenKey, server_token_key
 
 RING_SLOTS = 65537  # prime; imbalance stays under 1 % up to 655 backends (Maglev, NSDI 2016, section 5.3)
 _MASK64 = (1 << 64) - 1
@@ -56,17 +56,20 @@ class Unroutable(IntEnum):
 @dataclass(frozen=True, slots=True)
 class Backend:
     """One server of the fleet. `server_ids` are those it may encode, by config ID; `weight` is its share of new
-    connections relative to the others, 0 for none."""
+    connections relative to the others, 0 for none. `workers` has them in the order of its workers, where reset tokens
+    depend on that."""
 
     name: str
     address: Address
     server_ids: Mapping[ConfigId, frozenset[ServerId]]
     weight: int = 1
+    workers: Mapping[ConfigId, tuple[ServerId, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class CidSlot:
-    """What a balancer knows about one config ID. `reset_key` is the master key, 32 octets, or None: no resets."""
+    """What a balancer knows about one config ID. `reset_key` is what the service's reset rule needs, mostly a master
+    key of 32 octets, or None: no resets."""
 
     config: CidConfig
     reset_key: bytes | None = field(default=None, repr=False)
@@ -93,6 +96,7 @@ class Service:
     seed: str = ""
     unknown_server: UnknownServer = UnknownServer.FALLBACK
     panic_threshold: float = 0.0
+    reset_rule: ResetRule = USUAL_RULE
 
 
 class FourTuple(NamedTuple):
@@ -105,12 +109,12 @@ class FourTuple(NamedTuple):
 
 
 class Server(NamedTuple):
-    """What a server ID maps to. `backend` indexes `RoutingTable.backends`; `reset_key` is that server ID's own."""
+    """What a server ID maps to. `backend` indexes `RoutingTable.backends`; `reset_key` makes its reset tokens."""
 
     backend: int
     action: Action
     config_id: ConfigId
-    reset_key: bytes | None
+    reset_key: TokenKey | None
 
 
 class _Decoder:
@@ -269,10 +273,29 @@ class RoutingTable:
                 action = Action.FORWARD_DOWN
                 if backend.name in self.dead:
                     action = Action.RESET if slot.reset_key else Action.FALL_THROUGH
+            keys = self._token_keys(slot, backend) if slot.reset_key else {}
             for server_id in backend.server_ids.get(config_id, ()):
-                key = server_reset_key(slot.reset_key, config_id, server_id) if slot.reset_key else None
-                servers[server_id] = Server(position, action, config_id, key)
+                servers[server_id] = Server(position, action, config_id, keys.get(server_id))
         return servers
+
+    def _token_keys(self, slot: CidSlot, backend: Backend) -> dict[ServerId, TokenKey]:
+        """What makes the reset tokens of each server ID of a backend."""
+        rule, key, config_id, host = (
+            self.service.reset_rule,
+            slot.reset_key or b"",
+            slot.config.config_id,
+            backend.address.host,
+        )
+        workers = backend.workers.get(config_id, ())
+        if workers:
+            return {
+                server_id: server_token_key(rule, key, config_id, workers[0], host, number)
+                for number, server_id in enumerate(workers)
+            }
+        return {
+            server_id: server_token_key(rule, key, config_id, server_id, host)
+            for server_id in backend.server_ids.get(config_id, ())
+        }
 
 
 def _state(name: str, states: Mapping[str, BackendState], fenced: frozenset[str]) -> BackendState:

@@ -1,11 +1,12 @@
 """The servers' half of a CID configuration: what one server has to know of a balancer's file, and nothing of others.
 
 It has the configuration and its key, one server ID, and the reset key of that server ID. The master key, from which
-everybody's reset keys follow, stays with the balancers.
+everybody's reset keys follow, stays with the balancers, unless the service says that all have the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 from lb.cid import CidConfig, ConfigId, ServerId
 from lb.files import sync_directory, write_file
 from lb.keys import LbConfig, Phase, ServiceConfig
+from lb.kinds import server_id_octets
 from lb.operations import Refused
-from lb.reset import server_reset_key
+from lb.reset_scheme import ResetRule, Scheme
 from lb.routing import Backend
 
 SERVER_FILE = "server.yaml"
@@ -22,7 +24,10 @@ SERVER_FILE = "server.yaml"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerHalf:
-    """What one server has to know. `key` and `reset_key` are None where the configuration has none."""
+    """What one server has to know. `key` and `reset_key` are None where the configuration has none.
+
+    `reset_key` is what the server's make is configured with, and `reset_rule` says which make that is.
+    """
 
     name: str
     service: str
@@ -30,14 +35,19 @@ class ServerHalf:
     config: CidConfig
     server_id: ServerId
     reset_key: bytes | None = field(repr=False)
+    reset_rule: ResetRule
+    worker: int | None = None
+    bound_to: str = ""
     nonce_file: str | None = None
+    made: str | None = None  # RFC 3339, UTC, whole seconds: by it servers know a file that comes too late
 
     def as_yaml(self) -> str:
         """The server's file. It names the files of keys and holds none."""
         config = self.config
         lines = [
             f"# What {self.name} has to know of service {self.service}: made by quiclb server-config.",
-            f"name: {_text(self.name)}",
+            f"name: {quoted(self.name)}",
+            *([f'made: "{self.made}"'] if self.made else []),
             "cid-config:",
             f"  config-id: {config.config_id}",
             f"  server-id-length: {config.server_id_length}",
@@ -50,10 +60,14 @@ class ServerHalf:
         if config.appended_length:
             lines.append(f"  appended-length: {config.appended_length}")
         lines.append(f'server-id: "{self.server_id.hex()}"')
-        if self.reset_key is not None:
+        if self.reset_key is not None and self.reset_rule.scheme is Scheme.HMAC_SHA256:
             lines.append(f"reset-key-file: {self._reset_key_name}")
+        elif self.reset_key is not None:
+            # Whoever reads this file makes other tokens: the key is for somebody else.
+            lines.append(f"# Stateless resets ({self.reset_rule.scheme}), key in hex in {self._reset_key_name}:")
+            lines += [f"#   {hint}" for hint in self._hints]
         if self.nonce_file is not None:
-            lines.append(f"nonce-file: {_text(self.nonce_file)}")
+            lines.append(f"nonce-file: {quoted(self.nonce_file)}")
         return "\n".join(lines) + "\n"
 
     def as_json(self, with_keys: bool) -> dict[str, Any]:
@@ -73,6 +87,7 @@ class ServerHalf:
                 "key": _shown(config.key, with_keys=with_keys),
             },
             "server-id": self.server_id.hex(),
+            "reset-scheme": str(self.reset_rule.scheme),
             "reset-key": _shown(self.reset_key, with_keys=with_keys),
         }
 
@@ -82,20 +97,26 @@ class ServerHalf:
         Each takes its predecessor's place as a whole, server.yaml last: keys of another configuration have other
         names.
         """
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         files = {}
         if self.config.key is not None:
             files[self._key_name] = f"{self.config.key.hex()}\n"
         if self.reset_key is not None:
             files[self._reset_key_name] = f"{self.reset_key.hex()}\n"
-        files[SERVER_FILE] = self.as_yaml()
-        for name, text in files.items():
-            new = directory / f".{name}.new"
-            new.unlink(missing_ok=True)
-            write_file(new, text.encode(), mode=0o600)
-            new.rename(directory / name)
-            sync_directory(directory)
-        return [directory / name for name in files]
+        return write_files(directory, files | {SERVER_FILE: self.as_yaml()})
+
+    @property
+    def _hints(self) -> tuple[str, ...]:
+        """How the key gets into a server of another make."""
+        octets, rule = f"$(xxd -r -p {self._reset_key_name})", self.reset_rule
+        if rule.scheme is Scheme.HAPROXY:
+            return (f'global: cluster-secret "{octets}"',)
+        if rule.scheme is Scheme.NGINX:
+            file = self._reset_key_name.removesuffix(".key") + ".bin"
+            number = () if self.worker is None else (f"this server ID is for worker {self.worker}",)
+            return (f"xxd -r -p {self._reset_key_name} {file}", f"http: quic_host_key {file};", *number)
+        if rule.scheme is Scheme.MVFST:
+            return ("TransportSettings::statelessResetTokenSecret", f"the server is bound to {self.bound_to}")
+        return ("picoquic_create: reset_seed",)
 
     @property
     def _key_name(self) -> str:
@@ -114,6 +135,7 @@ def server_half(
     config_id: int | None = None,
     server_id: str | None = None,
     nonce_file: str | None = None,
+    made: str | None = None,
 ) -> ServerHalf:
     """The half of a backend, under the active configuration if no other is asked for.
 
@@ -133,15 +155,39 @@ def server_half(
         known = ", ".join(map(str, slots)) or "there are none"
         raise Refused("unknown", f"config ID {config_id}: expected one of {section.service.name}: {known}")
     chosen = _server_id(found, slot.config.config_id, server_id)
+    rule, workers = section.service.reset_rule, found.workers.get(slot.config.config_id, ())
     return ServerHalf(
         name=found.name,
         service=section.service.name,
         phase=section.phases[slot.config.config_id],
         config=slot.config,
         server_id=chosen,
-        reset_key=server_reset_key(slot.reset_key, slot.config.config_id, chosen) if slot.reset_key else None,
+        reset_key=rule.secret(slot.reset_key, slot.config.config_id, (workers or (chosen,))[0])
+        if slot.reset_key
+        else None,
+        reset_rule=rule,
+        worker=workers.index(chosen) if workers and rule.worker_number else None,
+        bound_to=rule.server_address or found.address.host,
         nonce_file=nonce_file,
+        made=made,
     )
+
+
+def write_files(directory: Path, files: Mapping[str, str]) -> list[Path]:
+    """Write files, the owner's alone, in their order; each takes its predecessor's place as a whole. Raises OSError."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name, text in files.items():
+        new = directory / f".{name}.new"
+        new.unlink(missing_ok=True)
+        write_file(new, text.encode(), mode=0o600)
+        new.rename(directory / name)
+        sync_directory(directory)
+    return [directory / name for name in files]
+
+
+def quoted(text: str) -> str:
+    """A text as a YAML string."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _backend(config: LbConfig, name: str, service: str | None) -> tuple[ServiceConfig, Backend]:
@@ -162,7 +208,7 @@ def _backend(config: LbConfig, name: str, service: str | None) -> tuple[ServiceC
 def _server_id(backend: Backend, config_id: ConfigId, wanted: str | None) -> ServerId:
     ids = sorted(backend.server_ids.get(config_id, ()))
     if wanted is not None:
-        chosen = next((each for each in ids if each.hex() == wanted.lower()), None)
+        chosen = next((each for each in ids if each == _octets(wanted)), None)
         if chosen is None:
             raise Refused("unknown", f"{wanted}: expected a server ID of {backend.name} under config ID {config_id}")
         return chosen
@@ -173,11 +219,14 @@ def _server_id(backend: Backend, config_id: ConfigId, wanted: str | None) -> Ser
     return ids[0]
 
 
+def _octets(wanted: str) -> bytes:
+    try:
+        return server_id_octets(wanted)
+    except ValueError:
+        return b""
+
+
 def _shown(key: bytes | None, *, with_keys: bool) -> str | bool:
     if key is None:
         return False
     return key.hex() if with_keys else True
-
-
-def _text(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

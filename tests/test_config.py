@@ -173,7 +173,7 @@ def test_defaults_are_those_that_other_modules_count_on() -> None:
     assert LogConfig() == LogConfig(format="text", level="info")
 
 
-@pytest.mark.parametrize("name", ["minimal.yaml", "quiclb.yaml", "two-services.yaml", "xdp.yaml"])
+@pytest.mark.parametrize("name", ["minimal.yaml", "quiclb.yaml", "two-services.yaml", "xdp.yaml", "nlb.yaml"])
 def test_the_examples_load(tmp_path: Path, name: str) -> None:
     assert load_config(examples(tmp_path) / name).services
 

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cid",),
     ("packet",),
     ("reset",),
-    ("generator",),
+    ("generator", "reset_scheme"),
     ("routing",),
     ("limiter",),
     ("flows",),
@@ -51,6 +51,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("metrics", "operations", "describe", "keygen", "pcap", "terminal", "upgrade"),
     ("explain", "rewrite"),
     ("server_half", "cid_tool"),
+    ("envoy",),
+    (
+        "conformance/datagrams",
+        "conformance/observed",
+        "conformance/randomness",
+        "conformance/stale",
+        "conformance/subject",
+    ),
+    ("conformance/judgement", "conformance/client"),
+    ("conformance/report", "conformance/examination"),
     ("admin/access", "admin/shapes", "admin/views", "admin/client"),
     ("admin/http", "admin/openapi", "admin/files"),
     ("admin/connection", "admin/api"),
@@ -62,6 +72,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "commands/backends",
         "commands/cid",
         "commands/completion",
+        "commands/conformance",
         "commands/explain",
         "commands/keygen",
         "commands/reload",
@@ -82,6 +93,7 @@ SANS_IO = {
     "cid",
     "packet",
     "reset",
+    "reset_scheme",
     "generator",
     "routing",
     "limiter",
@@ -99,13 +111,18 @@ SANS_IO = {
     "terminal",
     "admin/access",
     "admin/views",
+    "conformance/observed",
+    "conformance/randomness",
+    "conformance/stale",
+    "conformance/subject",
+    "conformance/judgement",
 }
 IO = {"asyncio", "socket", "time", "random", "secrets", "logging", "os", "ctypes"}
 # Third parties stay fenced.
 FENCED = {
     "aiohttp": {"admin/connection"},
-    "aioquic": {"http3"},
-    "cryptography": {"cid", "reset"},
+    "aioquic": {"http3", "conformance/client"},
+    "cryptography": {"cid"},
     "dpkt": {"pcap"},
     "shtab": {"commands/completion"},
     "yaml": {"document", "yamltext", "rewrite"},
@@ -113,7 +130,7 @@ FENCED = {
     "prometheus_client": {"metrics"},
     "ctypes": {"mmsg", "xdp/abi", "xdp/maps", "xdp/libbpf"},
 }
-PACKAGES = {"lb", "lb.admin", "lb.commands", "lb.xdp"}
+PACKAGES = {"lb", "lb.admin", "lb.commands", "lb.conformance", "lb.xdp"}
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 
 
@@ -167,7 +184,9 @@ def test_third_parties_stay_fenced(module: str) -> None:
     assert outside == []
 
 
-@pytest.mark.parametrize("package", ["__init__", "admin/__init__", "commands/__init__", "xdp/__init__"])
+@pytest.mark.parametrize(
+    "package", ["__init__", "admin/__init__", "commands/__init__", "conformance/__init__", "xdp/__init__"]
+)
 def test_a_package_imports_nothing_at_its_own_import(package: str) -> None:
     assert found(package) in ([], ["__future__"])
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lb.address import Address
 from lb.cid import CidConfig, Codec, ConfigId, ServerId
 from lb.reset import server_reset_key
+from lb.reset_scheme import hmac_sha256
 from lb.routing import (
     RING_SLOTS,
     Action,
@@ -105,7 +106,7 @@ def test_what_becomes_of_a_servers_cids(
     without_resets: Action | Unroutable,
 ) -> None:
     table = RoutingTable.build(make_service(), states, dead)
-    reset_key = server_reset_key(MASTER, ConfigId(0), server_id(WITH_RESETS, "a"))
+    reset_key = hmac_sha256(server_reset_key(MASTER, ConfigId(0), server_id(WITH_RESETS, "a")))
     assert table.by_cid(make_cid(WITH_RESETS, "a")) == Server(0, with_resets, ConfigId(0), reset_key)
     expected = (
         without_resets if isinstance(without_resets, Unroutable) else Server(0, without_resets, ConfigId(1), None)

@@ -84,6 +84,8 @@ MISTAKES = {
     "key file": ("secrets/cid-0.key", "secrets/none.key", "cid-config.key-file", "none.key: cannot be read: No such file"),
     "reset key file": ("secrets/reset-0.key", "secrets/cid-0.key", "reset-key-file", "holds 32 characters: expected 64"),
     "a balancer's key": ("nonce-file: nonces", "listen: []", "listen", "unknown key"),
+    "no moment": ("name: a\n", "name: a\nmade: yesterday\n", "made", 'yesterday: expected a moment as "2026-11-21T09:42:25Z"'),
+    "a moment that YAML knows": ("name: a\n", "name: a\nmade: 2026-11-21T09:42:25Z\n", "made", "YAML takes this for a date; put it in quotes"),
 }  # fmt: skip
 
 
@@ -98,6 +100,24 @@ def test_a_mistake_is_named_with_its_path(
     found = [(error.path, error.message) for error in caught.value.exceptions if isinstance(error, ConfigError)]
     assert [p for p, _ in found] == ([path] if isinstance(path, str) else path)
     assert message in found[0][1]
+
+
+def test_a_file_that_everybody_may_write_is_refused_with_its_other_mistakes(directory: Path) -> None:
+    path = directory / "server.yaml"
+    path.write_text(GOOD.replace("config-id: 2", "config-id: 7"))
+    path.chmod(0o646)
+    with pytest.raises(ConfigErrors) as caught:
+        load_server_config(path)
+    assert [str(error).replace(f"{directory}/", "") for error in caught.value.exceptions] == [
+        "server.yaml: mode 0646 lets everybody write it: expected 0600 or 0640",
+        "cid-config.config-id: 7: expected an integer, 0 to 6",
+    ]
+
+
+def test_a_file_says_when_it_was_made_and_which_key_files_were_read(directory: Path) -> None:
+    config = load(directory, GOOD + 'made: "2026-11-21T09:42:25Z"\n')
+    assert config.made == "2026-11-21T09:42:25Z"
+    assert config.key_files == (directory / "secrets/cid-0.key", directory / "secrets/reset-0.key")
 
 
 def test_a_server_id_without_a_configuration_is_a_mistake(directory: Path) -> None:

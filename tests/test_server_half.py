@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,17 @@ def test_a_server_can_be_given_the_next_configuration_before_it_is_active(path: 
     assert (loaded.cid_config.config_id, loaded.cid_config.algorithm) == (6, "plaintext")
     assert (loaded.server_id, loaded.reset_key) == (b"\x05\x06", None)
     assert loaded.nonce_file == Path("/var/lib/b/nonces")
+
+
+def test_a_file_says_when_it_was_made(path: Path, tmp_path: Path) -> None:
+    """So that a server that runs knows one that comes too late."""
+    assert main(["server-config", "a", "-c", str(path), "--output", str(tmp_path / "half")]) == 0
+    made = load_server_config(tmp_path / "half" / "server.yaml").made
+    assert made is not None
+    age = datetime.now(UTC) - datetime.strptime(made, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    assert timedelta(0) <= age < timedelta(minutes=2)
+    server_half(load_config(path), "a", made="2026-11-21T09:42:25Z").write(tmp_path / "half")
+    assert load_server_config(tmp_path / "half" / "server.yaml").made == "2026-11-21T09:42:25Z"
 
 
 def test_a_directory_takes_the_next_half_over_the_last(path: Path, tmp_path: Path) -> None:

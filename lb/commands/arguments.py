@@ -11,7 +11,7 @@ from typing import Any
 
 from lb.address import Address
 from lb.keyfile import read_key
-from lb.kinds import Duration
+from lb.kinds import Duration, ServerIdText, server_id_octets
 
 OK, FAILED, MISTAKEN = 0, 1, 2
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143  # as a shell reports SIGINT, SIGPIPE and SIGTERM
@@ -93,6 +93,13 @@ def octets(text: str) -> bytes:
         return bytes.fromhex(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: expected hex digits, two for each octet") from None
+
+
+def server_id(text: str) -> bytes:
+    try:
+        return server_id_octets(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error) or f"{text!r}: expected {ServerIdText.words}") from None
 
 
 def key_from(path: Path, length: int) -> bytes:

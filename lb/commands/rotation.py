@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ Without --output the file is printed, which names the keys' files.""",
         """examples:
   quiclb server-config a -c quiclb.yaml
   quiclb server-config web/a -c quiclb.yaml --config-id 1 --output server-a
+  quiclb server-config a -c quiclb.yaml --format envoy --output envoy-a
   quiclb server-config a -c quiclb.yaml --json --with-keys | vault kv put secret/quic/a -
 
 Exit status: 0 done, 1 failed, 2 mistakes in the configuration or the arguments.""",
@@ -124,6 +126,9 @@ Exit status: 0 done, 1 failed, 2 mistakes in the configuration or the arguments.
     )
     parser.add_argument("--server-id", metavar="HEX", help="with this one of its server IDs (its only one)")
     parser.add_argument("--nonce-file", metavar="FILE", help="where the server is to note which nonces are used up")
+    parser.add_argument(
+        "--format", choices=("quiclb", "envoy"), default="quiclb", help="whose words it is in (default: %(default)s)"
+    )
     output = parser.add_argument("-o", "--output", type=Path, metavar="DIRECTORY", help="write files there, owner-only")
     output.complete = DIRECTORIES  # type: ignore[attr-defined]
     json_flag(parser, "print it as JSON")
@@ -132,10 +137,15 @@ Exit status: 0 done, 1 failed, 2 mistakes in the configuration or the arguments.
 
 
 def _server_config(args: argparse.Namespace) -> int:
-    from lb.server_half import server_half  # noqa: PLC0415 - the other commands write no YAML
+    # The other commands write no YAML.
+    from lb.envoy import envoy_yaml, write_envoy  # noqa: PLC0415
+    from lb.server_half import server_half  # noqa: PLC0415
 
     if args.with_keys and not args.json:
         raise ArgumentError("--with-keys: expected --json as well; --output writes keys in any case")
+    is_envoy = args.format == "envoy"
+    if is_envoy and (args.json or args.nonce_file):
+        raise ArgumentError("--format envoy: it has no JSON, and Envoy no nonce file")
     of, _, name = args.backend.rpartition("/")
     half = server_half(
         load_config(args.config),
@@ -144,12 +154,15 @@ def _server_config(args: argparse.Namespace) -> int:
         config_id=args.config_id,
         server_id=args.server_id,
         nonce_file=args.nonce_file,
+        made=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
-    written = [] if args.output is None else half.write(args.output)
+    written = []
+    if args.output is not None:
+        written = write_envoy(half, args.output) if is_envoy else half.write(args.output)
     if args.json:
         print(json.dumps(half.as_json(with_keys=args.with_keys)))
     elif args.output is None:
-        sys.stdout.write(half.as_yaml())
+        sys.stdout.write(envoy_yaml(half) if is_envoy else half.as_yaml())
     else:
         print("\n".join(str(path) for path in written))
     return OK

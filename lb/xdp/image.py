@@ -18,6 +18,7 @@ from typing import NamedTuple
 from lb.address import Address, packed
 from lb.cid import CidConfig
 from lb.forward import Forward
+from lb.reset_scheme import TokenKey
 from lb.routing import RING_SLOTS, Action, BackendState, RoutingTable, UnknownServer
 from lb.upstream import ServicePolicy
 from lb.xdp import aes128, layout
@@ -203,6 +204,12 @@ def cid_config(config: CidConfig) -> bytes:
     )
 
 
+def token_key(key: TokenKey) -> bytes:
+    """How the program is told to make tokens."""
+    lengths = (len(key.key), len(key.suffix))
+    return RESET_KEY.pack(layout.ResetKey(key.key, key.suffix, bytes(32), bytes(32), 0, key.arithmetic, *lengths))
+
+
 def _cid_mask(config: CidConfig) -> bytes:
     """The bits of a CID that its server depends on. A nonce that is not encrypted would only fill the cache."""
     decides = config.routing_block_length if config.key is not None else config.server_id_length
@@ -330,7 +337,7 @@ def _reset_keys(table: RoutingTable, index: int, ways: Sequence[tuple[Action, Ne
             for server_id, key in zip(server_ids, _server_keys(index, config_id, server_ids), strict=False):
                 reset_key = servers[server_id].reset_key if server_id in servers else None
                 if reset_key is not None:
-                    found[key] = RESET_KEY.pack(layout.ResetKey(reset_key))
+                    found[key] = token_key(reset_key)
     return found
 
 

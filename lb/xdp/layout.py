@@ -158,13 +158,17 @@ class Server(NamedTuple):
 
 
 class ResetKey(NamedTuple):
-    """Value of `reset_keys`. The program fills in all but the key."""
+    """Value of `reset_keys`. The program fills in `inner`, `outer` and `is_prepared`."""
 
-    key: Annotated[bytes, "32s"]
-    inner: Annotated[bytes, "32s"] = bytes(32)
-    outer: Annotated[bytes, "32s"] = bytes(32)
-    is_prepared: U32 = 0
-    zero: U32 = 0
+    key: Annotated[bytes, "56s"]
+    suffix: Annotated[bytes, "40s"]
+    inner: Annotated[bytes, "32s"]
+    outer: Annotated[bytes, "32s"]
+    is_prepared: U32
+    arithmetic: U8
+    key_length: U8
+    suffix_length: U8
+    zero: U8 = 0
 
 
 class Backend(NamedTuple):

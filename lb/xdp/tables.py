@@ -64,7 +64,7 @@ class Tables:
             entries[name] = {key: value for key, value in self._maps[name].items() if value != bytes(size)}
         # What the program has added to them is its own.
         entries[RESET_KEYS] = {
-            key: RESET_KEY.pack(layout.ResetKey(RESET_KEY.unpack(value).key))
+            key: RESET_KEY.pack(RESET_KEY.unpack(value)._replace(inner=bytes(32), outer=bytes(32), is_prepared=0))
             for key, value in entries[RESET_KEYS].items()
         }
         rings: dict[int, tuple[int, bytes]] = {}

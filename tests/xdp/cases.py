@@ -114,6 +114,18 @@ STRICT = service(5, "strict", Address(VIPS[4], 450), 4, unknown_server=UnknownSe
 DOUBTED = service(6, "doubted", Address(VIPS[4], 451), 4)
 _WEIGHTLESS = service(7, "nobody", Address(VIPS[4], 452), 4)
 NOBODY = replace(_WEIGHTLESS, backends=tuple(replace(b, weight=0) for b in _WEIGHTLESS.backends))
+# As a cloud's network load balancer has it: config/nlb.yaml.
+CLOUDS = CidConfig(ConfigId(0), 8, 7, encodes_length=False)
+_LIKE_A_CLOUDS = service(
+    8, "clouds", Address(VIPS[4], 453), 4, unknown_server=UnknownServer.DROP, cid_slots=(CidSlot(CLOUDS, RESET_KEY),)
+)
+CLOUD = replace(
+    _LIKE_A_CLOUDS,
+    backends=tuple(
+        replace(backend, server_ids={CLOUDS.config_id: frozenset([server_id(i, CLOUDS.server_id_length)])})
+        for i, backend in enumerate(_LIKE_A_CLOUDS.backends)
+    ),
+)
 
 
 def tables(forward: Forward) -> tuple[RoutingTable, ...]:
@@ -123,6 +135,7 @@ def tables(forward: Forward) -> tuple[RoutingTable, ...]:
         RoutingTable.build(STRICT, STATES, THE_DEAD),
         RoutingTable.build(DOUBTED, dict.fromkeys(NAMES, DOWN), NAMES),
         RoutingTable.build(NOBODY, STATES, THE_DEAD),
+        RoutingTable.build(CLOUD, STATES, THE_DEAD),
     )
 
 
@@ -218,10 +231,22 @@ def _of_a_policy() -> Iterator[Decision]:
     yield Decision("all DOWN, unroutable", UNROUTABLE, UNKNOWN_SERVER, DOUBTED)
 
 
+def _of_a_cloud() -> Iterator[Decision]:
+    dropped = Route(Verdict.UNKNOWN_SERVER, unroutable=Unroutable.UNKNOWN_SERVER)
+    for number in (A, B, DRAINS, FROZEN):
+        for form in (short, long):
+            what = f"like a cloud's, {NAMES[number]}, {form.__name__} header"
+            yield Decision(what, form(cid(number, CLOUDS)), _by_cid(number, CLOUDS), CLOUD)
+    yield Decision("like a cloud's, nobody's, short header", short(cid(NOBODYS, CLOUDS)), dropped, CLOUD)
+    yield Decision("like a cloud's, nobody's, long header", long(cid(NOBODYS, CLOUDS)), UNKNOWN_SERVER, CLOUD)
+    yield Decision("like a cloud's, no server ID", short(cid(A, CLOUDS)[:15], size=0), TOO_SHORT, CLOUD)
+
+
 DECISIONS = (
     *(decision for config in CONFIGS for decision in _of_a_configuration(config)),
     *_of_the_header(),
     *_of_a_policy(),
+    *_of_a_cloud(),
 )
 
 

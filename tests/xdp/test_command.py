@@ -95,16 +95,16 @@ def test_status_says_what_is_loaded_and_how_full_its_maps_are(machine: Machine) 
         assert (found["verified-instructions"], found["jited-octets"]) == (info.verified_insns, info.jited_octets)
         assert found["pin"] == str(machine.pins / "eth0")
         maps = {use["name"]: use for use in found["maps"]}
-        # Seven services of five backends with six configurations; one address with six ports, another with two.
-        assert maps["backends"]["entries"] == 7 * 5
-        assert maps["cid_configs"]["entries"] == 7 * 6
-        assert maps["servers"]["entries"] == 7 * 5 * 6
+        # Eight services of five backends, seven with six configurations and one with one.
+        assert maps["backends"]["entries"] == 8 * 5
+        assert maps["cid_configs"]["entries"] == 7 * 6 + 1
+        assert maps["servers"]["entries"] == 5 * (7 * 6 + 1)
         assert maps["service_names"] == {
-            "name": "service_names", "type": "hash", "entries": 7, "max-entries": 256,
+            "name": "service_names", "type": "hash", "entries": 8, "max-entries": 256,
             "octets": maps["service_names"]["octets"],
         }  # fmt: skip
-        assert maps["rings"]["entries"] >= 7
-        assert maps["rings"]["octets"] > 7 * 2 * 65537
+        assert maps["rings"]["entries"] >= 8
+        assert maps["rings"]["octets"] > 8 * 2 * 65537
         assert maps["flows"]["entries"] == 0
         assert maps["service_count"]["entries"] is None
         made.run(bytes(datagram(WEB, UNROUTABLE)))
@@ -115,7 +115,7 @@ def test_status_says_what_is_loaded_and_how_full_its_maps_are(machine: Machine) 
         assert (status, err) == (0, "")
         assert text.startswith(f"eth0: quiclb, generic, forward l2\n  program {info.id}, tag {info.tag}, loaded ")
         assert f"\n  {info.verified_insns} instructions verified, {info.jited_octets} octets of machine code\n" in text
-        assert re.search(r"\n  servers +hash +210 +262144 +0% +[0-9.]+ [KM]iB\n", text)
+        assert re.search(r"\n  servers +hash +215 +262144 +0% +[0-9.]+ [KM]iB\n", text)
 
 
 def test_status_without_anything_to_show_is_status_1(machine: Machine) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lb.address import Address, packed
 from lb.cid import MAX_ROUTING_BLOCK, CidConfig, Codec, ConfigId, ServerId
 from lb.forward import Forward
+from lb.reset_scheme import MAX_KEY, MAX_SUFFIX, Arithmetic, TokenKey
 from lb.router import RouterLimits
 from lb.routing import (
     RING_SLOTS,
@@ -46,6 +47,7 @@ from lb.xdp.image import (
     cid_config,
     endpoint,
     render,
+    token_key,
 )
 from lb.xdp.layout import (
     BACKEND,
@@ -185,10 +187,23 @@ def test_server_ids_lead_to_slots_and_only_the_dead_have_reset_keys() -> None:
     assert servers == {
         layout.ServerKey(config_id, server_id(i).ljust(16, b"\0")): i for config_id in (0, 3) for i in range(3)
     }
-    keys = {SERVER_KEY.unpack(k): RESET_KEY.unpack(v).key for k, v in image.entries(RESET_KEYS).items()}
-    assert keys == {
-        layout.ServerKey(0, server_id(2).ljust(16, b"\0")): table.servers(ConfigId(0))[server_id(2)].reset_key
+    own = table.servers(ConfigId(0))[server_id(2)].reset_key
+    assert own is not None
+    assert {SERVER_KEY.unpack(key): value for key, value in image.entries(RESET_KEYS).items()} == {
+        layout.ServerKey(0, server_id(2).ljust(16, b"\0")): token_key(own)
     }
+
+
+@given(st.sampled_from(Arithmetic), st.binary(max_size=MAX_KEY), st.binary(max_size=MAX_SUFFIX))
+def test_a_token_key_is_all_there(arithmetic: Arithmetic, key: bytes, suffix: bytes) -> None:
+    there = RESET_KEY.unpack(token_key(TokenKey(arithmetic, key, suffix)))
+    assert (there.arithmetic, there.key[: there.key_length], there.suffix[: there.suffix_length]) == (
+        arithmetic,
+        key,
+        suffix,
+    )
+    assert not any(there.key[there.key_length :] + there.suffix[there.suffix_length :] + there.inner + there.outer)
+    assert not there.is_prepared
 
 
 @pytest.mark.parametrize("leaves", [False, True], ids=["slots in order", "slots in disorder"])

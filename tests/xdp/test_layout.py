@@ -22,7 +22,7 @@ SHAPES = {
     "cid_config": 608,
     "server_key": 20,
     "server": 4,
-    "reset_key": 104,
+    "reset_key": 168,
     "backend": 64,
     "ring": 131080,
     "flow": 40,

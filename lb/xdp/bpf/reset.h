@@ -30,7 +30,7 @@ struct reset_work {
 		__u8 octets[MAX_CID];
 	} cid;
 	__u32 token[RESET_TOKEN / 4];
-	struct hmac hmac;
+	struct token_work token_work;
 	/* The last block of unpredictable bits ends under the token. What is not sent is zero, for the checksum. */
 	union {
 		struct block blocks[RESET_BLOCKS];
@@ -117,7 +117,8 @@ static __noinline int fill_unpredictable(struct reset_work *work, __u32 octets)
 /* The token of a CID of `length` octets, behind what is unpredictable. */
 static __noinline int append_token(struct reset_work *work, __u32 at, struct reset_key *key, __u32 length)
 {
-	reset_token(key, work->cid.words, length, &work->hmac, work->token);
+	if (reset_token(key, work->cid.words, length, &work->token_work, work->token))
+		return -1;
 	if (at > MAX_RESET - RESET_TOKEN)
 		return -1; /* verifier: it never is */
 	__builtin_memcpy(&work->datagram.octets[at], work->token, sizeof(work->token));

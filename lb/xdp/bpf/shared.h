@@ -19,6 +19,8 @@
 #define HASH_MULTIPLIER 0x9e3779b97f4a7c15ULL /* 2^64 / golden ratio, odd */
 #define MAX_SERVICES 256
 #define NO_BACKEND_SLOT 0xffff
+#define RESET_KEY 56 /* octets: as many as one block of SHA-256 has room for, less one for the end of the message */
+#define RESET_SUFFIX 40
 
 /* How packets reach a backend. */
 enum forward_mode {
@@ -80,6 +82,13 @@ enum failure {
 	FAILURE_NO_CHECKSUM, /* UDP without checksum cannot become IPv6 */
 	FAILURE_MAP_FULL, /* the 4-tuple table took no entry: routed without memory */
 	FAILURES,
+};
+
+/* How a reset token follows from a CID: lb.reset_scheme.Arithmetic. */
+enum token_arithmetic {
+	TOKEN_HMAC, /* HMAC(key, CID || suffix) */
+	TOKEN_HKDF, /* HMAC(HMAC(CID, key), suffix) */
+	TOKEN_HASH, /* SHA-256(key || CID, zeros up to MAX_CID || its length) */
 };
 
 enum algorithm { ALGORITHM_NONE, ALGORITHM_PLAINTEXT, ALGORITHM_SINGLE_PASS, ALGORITHM_FOUR_PASS };
@@ -156,14 +165,18 @@ struct server {
 	__u32 backend;
 };
 
-/* There for the servers of dead backends only. Python writes `key` and zeros; the program fills in the rest when it
- * first needs it: the state of SHA-256 behind the inner and the outer key pad of HMAC. */
+/* There for the servers of dead backends only. With TOKEN_HMAC Python writes zeros to `inner` and `outer`, and the
+ * program fills them in when it first needs them: the state of SHA-256 behind the inner and the outer key pad of HMAC. */
 struct reset_key {
-	__u32 key[8]; /* 32 octets as they are */
+	__u8 key[RESET_KEY]; /* zeros behind it; and behind the suffix */
+	__u8 suffix[RESET_SUFFIX];
 	__u32 inner[8];
 	__u32 outer[8];
 	__u32 is_prepared;
-	__u32 zero;
+	__u8 arithmetic;
+	__u8 key_length;
+	__u8 suffix_length;
+	__u8 zero;
 };
 
 /* One cache line. */
@@ -304,7 +317,7 @@ _Static_assert(sizeof(struct endpoint) == 24, "layout.py: Endpoint");
 _Static_assert(sizeof(struct service) == 32, "layout.py: Service");
 _Static_assert(sizeof(struct cid_config) == 608, "layout.py: CidConfig");
 _Static_assert(sizeof(struct server_key) == 20, "layout.py: ServerKey");
-_Static_assert(sizeof(struct reset_key) == 104, "layout.py: ResetKey");
+_Static_assert(sizeof(struct reset_key) == 168, "layout.py: ResetKey");
 _Static_assert(sizeof(struct backend) == 64, "layout.py: Backend");
 _Static_assert(sizeof(struct ring) == 131080, "layout.py: Ring");
 _Static_assert(sizeof(struct flow) == 40, "layout.py: Flow");

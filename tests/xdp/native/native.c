@@ -123,13 +123,16 @@ static void token(struct request *request)
 		struct reset_key key;
 	} answered;
 	__u32 cid[CID_WORDS], length;
-	struct hmac hmac;
+	struct token_work work;
 
 	TAKE(request, answered.key);
 	TAKE(request, length);
 	TAKE(request, cid);
-	memset(&hmac, 0xa5, sizeof(hmac)); /* as some other key left it */
-	reset_token(&answered.key, cid, length, &hmac, answered.token);
+	memset(&work, 0xa5, sizeof(work)); /* as some other key left it */
+	if (reset_token(&answered.key, cid, length, &work, answered.token)) {
+		fprintf(stderr, "no token\n");
+		exit(2);
+	}
 	answer(&answered, sizeof(answered));
 }
 

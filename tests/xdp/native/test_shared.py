@@ -9,7 +9,7 @@ from enum import IntEnum
 
 import pytest
 
-from lb import cid, reset, routing
+from lb import cid, reset, reset_scheme, routing
 from lb.engine import Drop
 from lb.forward import Forward
 from lb.router import Verdict
@@ -76,6 +76,7 @@ def test_enumerators_are_the_numbers_of_the_core(numbers: dict[str, int]) -> Non
         **numbered("FAILURE", (name.upper().replace("-", "_") for name in Drop.ALL)),
         "FAILURES": len(Drop.ALL),
         **members("ALGORITHM", layout.Algorithm),
+        **members("TOKEN", reset_scheme.Arithmetic),
     }
 
 
@@ -88,6 +89,8 @@ def test_constants_are_those_of_the_core(numbers: dict[str, int]) -> None:
         "MAX_CID": cid.MAX_CID_LENGTH_V1,
         "AES_BLOCK": cid.AES_BLOCK,
         "RESET_TOKEN": reset.TOKEN_LENGTH,
+        "RESET_KEY": reset_scheme.MAX_KEY + 1,
+        "RESET_SUFFIX": reset_scheme.MAX_SUFFIX,
         "RING_SLOTS": routing.RING_SLOTS,
         "HASH_MULTIPLIER": routing._MULTIPLIER,
         "MAX_SERVICES": layout.MAX_SERVICES,
