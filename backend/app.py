@@ -7,6 +7,9 @@
     GET  /status/CODE    that status, for health checks to be tested with
     PUT  /upload         (or POST) JSON: how many octets came, and their SHA-256
 
+In early data (0-RTT), which anybody may replay, GET and HEAD are answered at once; whatever may change something waits
+until the client has finished the handshake, or where a proxy has forwarded it early, is Too Early (RFC 8470).
+
 It is a test and demonstration server: `/whoami` tells a server ID to whoever asks, which a real one would not.
 """
 
@@ -22,8 +25,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import aioquic
 from aioquic.asyncio.protocol import QuicConnectionProtocol
-from aioquic.h3.connection import ErrorCode, H3Connection
+from aioquic.buffer import encode_uint_var
+from aioquic.h3.connection import ErrorCode, FrameType, H3Connection, encode_frame
 from aioquic.h3.events import DataReceived, H3Event, HeadersReceived
 from aioquic.quic import events
 from aioquic.quic.connection import NetworkAddress
@@ -42,6 +47,9 @@ CHUNK = bytes(range(256)) * 256  # 64 KiB
 BUFFER_HIGH = 4 * len(CHUNK)  # octets of a stream that wait for an acknowledgement before its writer pauses
 BUFFER_LOW = BUFFER_HIGH // 2
 
+# What its SETTINGS promise to clients that come back with 0-RTT: they are aioquic's own, one set in each version.
+SETTINGS = f"h3 of aioquic {aioquic.__version__}".encode()
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -58,6 +66,8 @@ class Request:
     method: str
     path: str
     connection: RoutableConnection
+    is_early: bool = False  # it came before the handshake's end
+    was_early_elsewhere: bool = False  # says a proxy, and that it can be told so
     octets: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
     is_complete: asyncio.Event = field(default_factory=asyncio.Event)
@@ -96,6 +106,8 @@ async def answer(site: Site, request: Request) -> Response:
     route = ROUTES.get(first)
     if route is None or bool(slash) != bool(route.parse):
         return text(404, f"no such resource; there are {', '.join(f'/{each}' for each in ROUTES)}")
+    if request.was_early_elsewhere and request.method not in _READ:
+        return text(425, "a proxy has forwarded this before it knew that nobody replays it")
     if request.method not in route.methods:
         allowed = ", ".join(route.methods)
         return text(405, f"expected {allowed}")._replace(headers=((b"allow", allowed.encode()),))
@@ -130,6 +142,8 @@ async def _whoami(site: Site, request: Request, _: None) -> Response:
             "dcid": quic.host_cid.hex(),  # that the client used last
             "connection": quic.original_destination_connection_id.hex(),  # stays the same, whatever moves
             "client": str(Address(host, port)),
+            "resumed": quic.tls.session_resumed,
+            "early": request.is_early,
         }
     )
 
@@ -205,16 +219,37 @@ class Http3Protocol(QuicConnectionProtocol):
         self._connection = connection
         self._site = site
         self._http: H3Connection | None = None
+        self._is_confirmed = asyncio.Event()  # the handshake is: nobody has replayed it
         self._requests: dict[int, Request] = {}  # whose bodies are wanted, by stream ID
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._paused: dict[int, asyncio.Future[None]] = {}
+        self._end_of_requests = 0  # the least stream ID of a request that has not come
+        self._is_leaving = False
+        self._on_over: Callable[[], None] | None = None
+
+    @property
+    def connection(self) -> RoutableConnection:
+        return self._connection
+
+    def go_away(self, on_over: Callable[[], None]) -> None:
+        """Answer what was asked for and nothing else (GOAWAY; RFC 9114, section 5.2), and then close the connection.
+
+        `on_over` is called when it is closed, by either side.
+        """
+        self._is_leaving = True
+        self._on_over = on_over
+        self._say_go_away()
+        self.transmit()  # with CONNECTION_CLOSE aioquic sends nothing else any more
+        self._close_if_done()
 
     def close(self, error_code: int = ErrorCode.H3_NO_ERROR, reason_phrase: str = "") -> None:
+        self._over()
         self._end_tasks()
         super().close(error_code, reason_phrase)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The server has given the connection up: nothing of it may run on."""
+        self._over()
         self._end_tasks()
         for handle in (self._timer, self._transmit_task):
             if handle is not None:
@@ -226,11 +261,17 @@ class Http3Protocol(QuicConnectionProtocol):
         for stream_id, pause in self._paused.items():
             if not pause.done() and self._connection.unacknowledged(stream_id) <= BUFFER_LOW:
                 pause.set_result(None)
+        if self._is_leaving:
+            self._close_if_done()
 
     def quic_event_received(self, event: events.QuicEvent) -> None:
         if isinstance(event, events.ProtocolNegotiated):
             self._http = H3Connection(self._connection)
+            self._say_go_away()
+        elif isinstance(event, events.HandshakeCompleted):
+            self._is_confirmed.set()
         elif isinstance(event, events.ConnectionTerminated):
+            self._over()
             self._end_tasks()
         elif isinstance(event, events.StopSendingReceived):
             self._end_task(event.stream_id)  # aioquic has reset our side already
@@ -244,11 +285,19 @@ class Http3Protocol(QuicConnectionProtocol):
     def _http_event_received(self, http: H3Connection, event: H3Event) -> None:
         stream_id = getattr(event, "stream_id", -1)
         if isinstance(event, HeadersReceived) and any(name == b":method" for name, _ in event.headers):
+            if self._is_leaving and stream_id >= self._end_of_requests:
+                # The client may ask another server, since nothing was done about it (RFC 9114, section 4.1.1).
+                self._connection.reset_stream(stream_id, ErrorCode.H3_REQUEST_REJECTED)
+                self._connection.stop_stream(stream_id, ErrorCode.H3_REQUEST_REJECTED)
+                return
+            self._end_of_requests = max(self._end_of_requests, stream_id + 4)
             headers = dict(event.headers)
             request = Request(
                 headers[b":method"].decode("ascii", "replace"),
                 headers.get(b":path", b"").decode("ascii", "replace"),
                 self._connection,
+                is_early=not self._is_confirmed.is_set(),
+                was_early_elsewhere=headers.get(b"early-data") == b"1",
             )
             request.feed(b"", event.stream_ended)
             self._requests[stream_id] = request
@@ -259,6 +308,8 @@ class Http3Protocol(QuicConnectionProtocol):
             self._requests[stream_id].feed(data, event.stream_ended)
 
     async def _respond(self, http: H3Connection, stream_id: int, request: Request) -> None:
+        if request.method not in _READ:
+            await self._is_confirmed.wait()
         response = await answer(self._site, request)
         body = response.body
         length = len(body) if isinstance(body, bytes) else response.length
@@ -303,6 +354,22 @@ class Http3Protocol(QuicConnectionProtocol):
             log.error("request-failed", exc_info=error)
             self._connection.reset_stream(stream_id, ErrorCode.H3_INTERNAL_ERROR)
             self._transmit_soon()
+
+    def _say_go_away(self) -> None:
+        # aioquic's H3Connection has no word for it.
+        if self._is_leaving and self._http is not None and self._http._local_control_stream_id is not None:
+            frame = encode_frame(FrameType.GOAWAY, encode_uint_var(self._end_of_requests))
+            self._connection.send_stream_data(self._http._local_control_stream_id, frame)
+
+    def _close_if_done(self) -> None:
+        """Close the connection if its client has all that it asked for."""
+        if self._is_confirmed.is_set() and not self._tasks and not self._connection.is_sending:
+            self.close()
+
+    def _over(self) -> None:
+        on_over, self._on_over = self._on_over, None
+        if on_over is not None:
+            on_over()
 
     def _end_task(self, stream_id: int) -> None:
         if stream_id in self._tasks:

@@ -8,27 +8,43 @@ choose their reset tokens, and know a connection ID before its client does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple, Protocol
 
+import aioquic.quic.connection
 from aioquic.asyncio.protocol import QuicConnectionProtocol
+from aioquic.buffer import Buffer  # type: ignore[attr-defined]  # not in its __all__
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import (
+    EPOCHS,
     NEW_CONNECTION_ID_FRAME_CAPACITY,
     NetworkAddress,
-    QuicConnection,
     QuicConnectionId,
     QuicConnectionState,
+    QuicReceiveContext,
 )
 from aioquic.quic.events import ConnectionIdIssued
-from aioquic.quic.packet import QuicFrameType
+from aioquic.quic.packet import QuicFrameType, QuicPreferredAddress, push_quic_preferred_address
 from aioquic.quic.packet_builder import QuicPacketBuilder
+from aioquic.tls import Epoch
 
+from backend.migration import MigratingConnection
+from backend.paths import ALLOWANCES, Expense, Paths, PreferredAddress
 from lb.cid import Codec, ConfigId, ConnectionId, ServerId, config_id_of
 from lb.generator import CidGenerator
 from lb.reset import RESET_KEY_LENGTH, reset_token
 
 # aioquic's own bound on the connection IDs that one connection has at a time.
 MAX_ACTIVE_CIDS = 8
+# Ours: packets that wait for an acknowledgement, before those that need none are forgotten.
+MOST_SENT = 1024
+# The transport parameter's (RFC 9000, section 18.2).
+PREFERRED_ADDRESS = 0x0D
+
+# aioquic makes 33 sets anew for each connection, of the few that there are: 7 kB of an idle one, and a twentieth of
+# the time that a handshake takes.
+aioquic.quic.connection.EPOCHS = cache(EPOCHS)
+_SPENT_BUFFERS = {epoch: Buffer(capacity=0) for epoch in (Epoch.INITIAL, Epoch.HANDSHAKE, Epoch.ONE_RTT)}
 
 
 class Identity:
@@ -71,6 +87,16 @@ class Identity:
         self._generator.switch(codec.config if codec else None, server_id)
         self.server_id = server_id
         self._take(codec, server_id, reset_key)
+
+    @property
+    def nonces_used(self) -> int:
+        """Nonces that connection IDs of this process took so far, those of Retry packets included."""
+        return self._generator.issued - self._generator.unroutable_issued
+
+    @property
+    def nonces_remaining(self) -> int:
+        """Connection IDs that can still be made under the configuration in use."""
+        return self._generator.remaining
 
     def reset_token(self, cid: bytes) -> bytes:
         """The stateless reset token, 16 octets, of one of this server's connection IDs."""
@@ -117,10 +143,11 @@ class CidIssuer(Protocol):
         ...
 
 
-class RoutableConnection(QuicConnection):
+class RoutableConnection(MigratingConnection):
     """A server's connection that gets its connection IDs from a `CidIssuer`.
 
     `configuration.connection_id_length` must be their length: it is how aioquic finds the end of a short header.
+    The client is asked to go on at `preferred`, if there is such an address.
     """
 
     protocol: QuicConnectionProtocol  # set by whoever accepts the connection
@@ -132,12 +159,20 @@ class RoutableConnection(QuicConnection):
         configuration: QuicConfiguration,
         original_destination_connection_id: bytes,
         retry_source_connection_id: bytes | None = None,
+        paths: Paths | None = None,
+        preferred: PreferredAddress | None = None,
     ) -> None:
         self._retire_prior_to = 0
+        self._is_renewal_due = False
+        self._is_pool_filled = False  # which happens at the end of the handshake
+        self._refill_at: float | None = None  # a replacement for a retired CID was too soon
+        self._forget_at = MOST_SENT
         super().__init__(
             configuration=configuration,
             original_destination_connection_id=original_destination_connection_id,
             retry_source_connection_id=retry_source_connection_id,
+            paths=paths or Paths(),
+            preferred=preferred,
         )
         self._issuer = issuer
         # In place of 8 random octets and a random token. Nothing has been sent or derived from them yet: the CID
@@ -162,24 +197,109 @@ class RoutableConnection(QuicConnection):
         stream = self._streams.get(stream_id)
         return stream.sender._buffer_stop - stream.sender._buffer_start if stream else 0
 
-    def _replenish_connection_ids(self) -> None:
-        # In place of random ones, at the end of the handshake and whenever the client has retired one.
-        # aioquic would make them known for demultiplexing at the connection's next datagram or timer only. A client
-        # that is quicker than that would be taken for a stranger, and reset: one in three was.
-        wanted = min(MAX_ACTIVE_CIDS, self._remote_active_connection_id_limit)
-        while sum(each.sequence_number >= self._retire_prior_to for each in self._host_cids) < wanted:
-            cid, token = self._issuer.issue(self)
-            self._host_cids.append(QuicConnectionId(cid, self._host_cid_seq, token))
-            self._host_cid_seq += 1
+    @property
+    def is_sending(self) -> bool:
+        """Whether the client has yet to acknowledge something on a stream of its own, the stream's end included."""
+        senders = (stream.sender for number, stream in self._streams.items() if number % 4 == 0)
+        return any(s._buffer_fin is not None and s._reset_error_code is None and not s.is_finished for s in senders)
+
+    def _confirm_handshake(self) -> None:
+        super()._confirm_handshake()
+        # Three buffers of 16 KiB, for what TLS has to say: half of what an idle connection takes. A server's says no
+        # more, the tickets included.
+        self._crypto_buffers = _SPENT_BUFFERS
+
+    def datagrams_to_send(self, now: float) -> list[tuple[bytes, NetworkAddress]]:
+        if self._refill_at is not None and now >= self._refill_at:
+            self._now = now
+            self._replenish_connection_ids()
+        datagrams = super().datagrams_to_send(now)
+        self._forget_acknowledgements()
+        return datagrams
+
+    def _forget_acknowledgements(self) -> None:
+        # aioquic keeps a packet until the client acknowledges it, and what holds nothing but acknowledgements too. A
+        # client need not acknowledge those, and if it sends nothing but PINGs they pile up.
+        sent = self._spaces[Epoch.ONE_RTT].sent_packets
+        if len(sent) < self._forget_at:
+            return
+        for number in [number for number, packet in sent.items() if not packet.in_flight]:
+            del sent[number]
+        self._forget_at = max(MOST_SENT, 2 * len(sent))
+
+    def get_timer(self) -> float | None:
+        timer = super().get_timer()
+        return timer if self._refill_at is None or timer is None else min(timer, self._refill_at)
 
     def renew(self) -> None:
         """Give the client new connection IDs, and have it retire those that it has (RFC 9000, section 5.1.2).
 
-        With the next datagrams to send; during the handshake, with its end.
+        With the next datagrams to send; during the handshake, with its end; and if the client has not done yet what
+        an earlier call asks of it, when it has. So it has twice as many as it may use at most.
         """
+        self._is_renewal_due = self.is_renewing
+        if self._is_renewal_due:
+            return
         self._retire_prior_to = self._host_cid_seq
         if self._handshake_complete:
-            self._replenish_connection_ids()
+            self._fill(self._missing)
+
+    @property
+    def is_renewing(self) -> bool:
+        """Whether the client has yet to retire connection IDs that it was asked to."""
+        return self._host_cids[0].sequence_number < self._retire_prior_to  # they are in order
+
+    @property
+    def _missing(self) -> int:
+        wanted = min(MAX_ACTIVE_CIDS, self._remote_active_connection_id_limit)
+        return wanted - sum(each.sequence_number >= self._retire_prior_to for each in self._host_cids)
+
+    def _replenish_connection_ids(self) -> None:
+        # In place of random ones, at the end of the handshake and whenever the client has retired one.
+        missing = self._missing
+        if not self._is_pool_filled:
+            self._is_pool_filled = True
+            self._fill(missing)
+            return
+        # A client that retires all the time would use up all nonces.
+        self._refill_at = None
+        for _ in range(missing):
+            if not self._budget.allow(Expense.CONNECTION_ID, self._now):
+                self._refill_at = self._now + 1 / ALLOWANCES[Expense.CONNECTION_ID].per_second
+                return
+            self._fill(1)
+
+    def _fill(self, count: int) -> None:
+        # aioquic would make them known for demultiplexing at the connection's next datagram or timer only. A client
+        # that is quicker than that would be taken for a stranger, and reset: one in three was.
+        for _ in range(count):
+            cid, token = self._issuer.issue(self)
+            self._host_cids.append(QuicConnectionId(cid, self._host_cid_seq, token))
+            self._host_cid_seq += 1
+
+    def _handle_retire_connection_id_frame(self, context: QuicReceiveContext, frame_type: int, buf: Buffer) -> None:
+        super()._handle_retire_connection_id_frame(context, frame_type, buf)
+        if self._is_renewal_due and not self.is_renewing:
+            self.renew()
+
+    def _serialize_transport_parameters(self) -> bytes:
+        # An aioquic server has no preferred address. Its connection ID is the second one that the client gets.
+        parameters = super()._serialize_transport_parameters()
+        preferred = self._preferred
+        if preferred is None:
+            return parameters
+        if self._host_cid_seq == 1:  # it may be called again, when the version is known
+            self._fill(1)
+            self._host_cids[1].was_sent = True
+        second = self._host_cids[1]
+        value = Buffer(capacity=64)
+        push_quic_preferred_address(
+            value, QuicPreferredAddress(preferred.ipv4, preferred.ipv6, second.cid, second.stateless_reset_token)
+        )
+        buf = Buffer(capacity=2 + len(value.data))
+        buf.push_uint_var(PREFERRED_ADDRESS)
+        buf.push_uint_var(len(value.data))
+        return parameters + buf.data + value.data
 
     def _write_new_connection_id_frame(self, builder: QuicPacketBuilder, connection_id: QuicConnectionId) -> None:
         # aioquic's always says that nothing is to be retired.
@@ -196,18 +316,3 @@ class RoutableConnection(QuicConnection):
         buf.push_bytes(connection_id.stateless_reset_token)
         connection_id.was_sent = True
         self._events.append(ConnectionIdIssued(connection_id=connection_id.cid))
-
-    # Clients with zero-length connection IDs, as Chromium. aioquic wants a spare client CID for each new path, so that
-    # no path can be linked to another (RFC 9000, section 9.5). These clients have none and need none, section 5.1.
-    # Stock aioquic never answers their PATH_CHALLENGE, and they reconnect instead of migrating.
-
-    def datagrams_to_send(self, now: float) -> list[tuple[bytes, NetworkAddress]]:
-        if not self._peer_cid.cid and self._peer_cid.sequence_number is not None:
-            for path in self._network_paths[1:]:
-                path.peer_cid = path.peer_cid or QuicConnectionId(b"", self._peer_cid.sequence_number)
-        return super().datagrams_to_send(now)
-
-    def _retire_peer_cid(self, connection_id: QuicConnectionId) -> None:
-        # The zero-length CID of a path that is left stays in use on the next; to retire it is a protocol violation.
-        if connection_id.cid:
-            super()._retire_peer_cid(connection_id)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from bench import dataplane, decision, memory, report, restart
+from bench import backend, dataplane, decision, memory, report, restart
 from bench.balancers import BenchError, NginxError, find_nginx
 from bench.load import pinned_to_load_core
 from bench.machine import RESULTS, describe, obstacle
@@ -21,7 +21,7 @@ from bench.report import Section
 from bench.xdp import part as xdp
 from bench.xdp.compiler import CompilerError
 
-PARTS = ("decision", "dataplane", "memory", "xdp", "restart")
+PARTS = ("decision", "dataplane", "memory", "xdp", "restart", "backend")
 EXIT_OK, EXIT_WRONG, EXIT_USAGE = 0, 1, 2
 
 
@@ -129,14 +129,33 @@ def _restart(options: argparse.Namespace, directory: Path) -> tuple[list[Section
     return [restart.section(found, options.restart_rate)], found
 
 
-_PARTS = {"decision": _decision, "dataplane": _dataplane, "memory": _memory, "xdp": _xdp, "restart": _restart}
+def _backend(options: argparse.Namespace, directory: Path) -> tuple[list[Section], object]:
+    _say(f"backend: about {(15 * options.rounds + 60) / 60:.0f} min")
+    place = directory / "backend"
+    place.mkdir()
+    try:
+        found = backend.measure(backend.Plan(options.rounds, options.connections), place, _say)
+    except (BenchError, OSError) as error:
+        return [report.failed(backend.TITLE, str(error))], None
+    return [backend.section(found)], found
+
+
+_PARTS = {
+    "decision": _decision,
+    "dataplane": _dataplane,
+    "memory": _memory,
+    "xdp": _xdp,
+    "restart": _restart,
+    "backend": _backend,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="What quiclb costs: per routing decision, per packet beside nginx, per flow, in the kernel, at a "
-        "restart. The last four need root and two cores; without, they say so and are skipped.",
+        "restart, and in a server. All but the first and the last need root and two cores; without, they say so and "
+        "are skipped.",
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all if none is named")
     parser.add_argument("--markdown", action="store_true", help="print the tables as docs/performance.md has them")
@@ -176,6 +195,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=restart.RATE,
         help=f"datagrams per second of the restart part, both directions together (default: {restart.RATE})",
+    )
+    parser.add_argument(
+        "--connections",
+        type=int,
+        default=backend.CONNECTIONS,
+        help=f"idle connections of the backend part, and rotated ones (default: {backend.CONNECTIONS})",
     )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write the xdp part's picture, an SVG document")
     parser.add_argument(

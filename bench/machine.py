@@ -32,7 +32,7 @@ class Clocks(NamedTuple):
 
     @classmethod
     def read(cls, pids: list[int]) -> Clocks:
-        return cls(_core_seconds(BALANCER_CORE), sum(map(_process_seconds, [*pids, *_ksoftirqd(BALANCER_CORE)])))
+        return cls(_core_seconds(BALANCER_CORE), sum(map(cpu_seconds, [*pids, *_ksoftirqd(BALANCER_CORE)])))
 
     def __sub__(self, earlier: object) -> Clocks:
         if not isinstance(earlier, Clocks):
@@ -130,7 +130,8 @@ def _core_seconds(core: int) -> float:
     raise LookupError(f"/proc/stat has no core {core}")
 
 
-def _process_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used so far."""
     # schedstat is in nanoseconds; stat's own times are whole ticks.
     return sum(int(p.read_text().split()[0]) for p in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as command
-from bench import dataplane, decision, load, machine, memory, network, report, restart
+from bench import backend, dataplane, decision, load, machine, memory, network, report, restart
 from bench.balancers import Nginx, Quiclb
 from bench.dataplane import Cell, Plan, busy, paced
 from bench.load import Result
@@ -286,9 +287,27 @@ def test_axis_of_the_picture_is_as_long_as_it_must_be(highest: float, last: int)
     assert len(ticks) <= 9
 
 
+def test_the_backend_part_measures_both_servers_and_says_what_was_reached(tmp_path: Path) -> None:
+    said: list[str] = []
+    plan = backend.Plan(rounds=1, connections=5, handshakes=3, octets=50_000, cids=500)
+    found = backend.measure(plan, tmp_path, said.append)
+    assert said == ["backend: round 1 of 1"]
+    assert [each.repeated for each in found.generated] == [0] * len(backend.CONFIGS)
+    assert all(figure > 0 for turn in (*found.stock, *found.reference) for figure in turn)
+    section = backend.section(found)
+    assert (section.wrong, len(section.rows)) == (False, len(backend.CONFIGS) + 6)
+    assert sum(remark.startswith("target, ") for remark in section.remarks) == 4
+
+    twice = found.generated[0]._replace(repeated=1)
+    assert backend.section(dataclasses.replace(found, generated=[twice])).wrong
+
+
 def test_unknown_part_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["decisions"]) == 2
-    assert capsys.readouterr().err == "bench: no part decisions: expected decision, dataplane, memory, xdp, restart\n"
+    assert (
+        capsys.readouterr().err
+        == "bench: no part decisions: expected decision, dataplane, memory, xdp, restart, backend\n"
+    )
 
 
 @pytest.mark.skipif(machine.obstacle() is not None, reason=str(machine.obstacle()))

@@ -29,6 +29,7 @@ from backend.demo.lan import Xdp, lan
 from backend.demo.place import Front, Loopback, Place, StageError
 from lb.address import Address
 from lb.cid import KEY_LENGTH, CidConfig, ConfigId, ServerId
+from lb.keyfile import TOKEN_KEY_LENGTH
 from lb.reset import RESET_KEY_LENGTH, server_reset_key
 
 # Ours.
@@ -267,9 +268,12 @@ class Play:
 
     backends: tuple[str, ...] = ("a", "b", "c")
     hold_off: float = 1.5
+    grace: float = 0.0  # that backends have for requests when they are told to end
     push: bool = True
     workers: int = 1
     retry: bool = False
+    early_data: bool = False
+    preferred: tuple[str, ...] = ()  # hosts at which each backend has an address of its own where clients are to go on
     host: str = "127.0.0.1"  # the address that clients send to, besides ::1; not with `xdp`
     xdp: Xdp | None = None
     health: Mapping[str, Any] = field(
@@ -291,6 +295,7 @@ class Stage:
         self._reset_key = secrets.token_bytes(RESET_KEY_LENGTH)
         self._write_secret("cid.key", cid_key)
         self._write_secret("reset.key", self._reset_key)
+        self._write_secret("token.keys", secrets.token_bytes(TOKEN_KEY_LENGTH))
 
     @property
     def services(self) -> tuple[str, ...]:
@@ -310,8 +315,11 @@ class Stage:
                 "nonce-file": f"{name}.nonces",
             }
             path = self._write_config(f"{name}.yaml", config)
-            command = ["backend", "--server-config", str(path)]
+            command = ["backend", "--server-config", str(path), "--grace", f"{self.play.grace:g}"]
+            command += ["--token-key-file", str(self.directory / "token.keys")]
             command += ["--retry"] if self.play.retry else []
+            command += ["--early-data"] if self.play.early_data else []
+            command += [f"--preferred-address={Address(host, 0)}" for host in self.play.preferred]
             child = self._child(f"backend {name}", name, command)
             self.servers[name] = Server(name, server_id, child, self.place.listens(name))
         starting = [self._start_backend(server) for server in self.servers.values()]
