@@ -1,0 +1,1 @@
+"""Servers of other makes, made routable: one folder for each, and a list of them all."""
