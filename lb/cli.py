@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from lb.admin.client import RefusedError, UnreachableError
-from lb.commands import backends, cid, completion, explain, keygen, reload, rotation, run, status, xdp
+from lb.commands import backends, cid, completion, conformance, explain, keygen, reload, rotation, run, status, xdp
 from lb.commands.arguments import BROKEN_PIPE, FAILED, INTERRUPTED, MISTAKEN, ArgumentError
 from lb.commands.balancer import say_refusal
 from lb.errors import ConfigErrors
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     run.add_to(commands)
-    for noun in (status, backends, reload, rotation, explain, cid, keygen, xdp):
+    for noun in (status, backends, reload, rotation, explain, cid, keygen, conformance, xdp):
         noun.add_to(commands)
     completion.add_to(commands, parser)
     return parser

@@ -106,7 +106,7 @@ def test_wrong_arguments_are_status_2(capsys: pytest.CaptureFixture[str], argv: 
 # check
 
 
-@pytest.mark.parametrize("name", ["minimal.yaml", "quiclb.yaml", "two-services.yaml", "xdp.yaml"])
+@pytest.mark.parametrize("name", ["minimal.yaml", "quiclb.yaml", "two-services.yaml", "xdp.yaml", "nlb.yaml"])
 def test_check_says_what_the_examples_mean(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
     path = examples(tmp_path) / name
     status, out, err = quiclb(capsys, "check", path)

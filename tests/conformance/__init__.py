@@ -1,0 +1,1 @@
+"""`quiclb conformance`: the checks, the report, and servers that must not pass."""
