@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Protocol
+from typing import Any, Protocol
 
 from backend.clients import gtlsclient
 from backend.clients.aioquic_client import AioquicClient
@@ -30,12 +30,19 @@ def missing(stack: str) -> str | None:
 
 
 class Session(Protocol):
-    """One connection and what was requested on it. `reset_at`: when a Stateless Reset ended it, by the wall clock."""
+    """One connection and what was requested on it.
+
+    `reset_at`: when a Stateless Reset ended it, by the wall clock, if the client says so. `early`: whether the server
+    took early data; None if there was none, or the client does not say.
+    """
 
     transfers: list[Transfer]
 
     @property
     def reset_at(self) -> float | None: ...
+
+    @property
+    def early(self) -> bool | None: ...
 
     @property
     def can_speak(self) -> bool:
@@ -63,10 +70,12 @@ async def open_session(
         if is_talkative:
             return await GtlsClient.start(server, "/upload", body=bytes(UPLOAD), move=move, move_after=move_after)
         return await GtlsClient.start(server, *paths, move=move, move_after=move_after)
-    return await _LibrarySession.start(LIBRARIES[stack], server, paths, move, move_after, is_talkative)
+    return await LibrarySession.start(
+        LIBRARIES[stack], server, paths, move=move, move_after=move_after, is_talkative=is_talkative
+    )
 
 
-class _LibrarySession:
+class LibrarySession:
     """A client of this process, and the task that moves it or has it talk."""
 
     def __init__(self, client: Http3Client, transfers: list[Transfer]) -> None:
@@ -80,12 +89,23 @@ class _LibrarySession:
         library: type[Http3Client],
         server: Address,
         paths: tuple[str, ...],
-        move: Move | None,
-        move_after: float,
-        is_talkative: bool,
-    ) -> _LibrarySession:
-        client = await library.connect(server)
-        session = cls(client, [client.begin(path) for path in paths])
+        *,
+        move: Move | None = None,
+        move_after: float = 0.4,
+        is_talkative: bool = False,
+        quic_v2: bool = False,
+        tickets: list[Any] | None = None,
+    ) -> LibrarySession:
+        """Connect, and GET all of `paths`: with a ticket as early data."""
+        transfers: list[Transfer] = []
+
+        def ask(client: Http3Client) -> None:
+            transfers.extend(client.begin(path) for path in paths)
+
+        client = await library.connect(server, quic_v2=quic_v2, tickets=tickets, at_once=ask if tickets else None)
+        if not transfers:
+            ask(client)
+        session = cls(client, transfers)
         if move is not None:
             session._tasks.append(asyncio.create_task(session._move(move, move_after)))
         if is_talkative:
@@ -95,6 +115,10 @@ class _LibrarySession:
     @property
     def reset_at(self) -> float | None:
         return self.client.reset_at
+
+    @property
+    def early(self) -> bool | None:
+        return self.client.early
 
     can_speak = True
 

@@ -30,6 +30,9 @@ LOG_LIMIT = 1 << 20  # octets of a line
 # Its words.
 _CONNECTED = re.compile(rb"QUIC handshake has been confirmed")
 _RESET = re.compile(rb" SR token=")
+_ASKED = re.compile(rb"http: stream 0x0 submit request headers")
+_HANDSHAKE_DONE = re.compile(rb"QUIC handshake has completed")
+_EARLY_REFUSED = re.compile(rb"Early data was rejected by server")
 _STATUS = re.compile(rb"http: stream 0x([0-9a-f]+) \[:status: (\d+)\]")
 _CLOSED = re.compile(rb"HTTP stream (\d+) closed with error code (\d+)")
 _H3_NO_ERROR = 0x100
@@ -41,7 +44,10 @@ def available() -> bool:
 
 
 class GtlsClient:
-    """One connection, and one transfer for each path. `reset_at` is when a Stateless Reset ended it."""
+    """One connection, and one transfer for each path.
+
+    `reset_at` is when a Stateless Reset ended it; `early` whether the server took early data, None if there was none.
+    """
 
     name = "gtlsclient"
     can_speak = False
@@ -49,6 +55,7 @@ class GtlsClient:
     def __init__(self, paths: Sequence[str]) -> None:
         self.transfers = [Transfer(path) for path in paths]
         self.reset_at: float | None = None
+        self.early: bool | None = None
         self._directory = tempfile.TemporaryDirectory(prefix="gtlsclient-")
         self._process: asyncio.subprocess.Process | None = None
         self._connected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -63,10 +70,12 @@ class GtlsClient:
         move: Move | None = None,
         move_after: float = 0.4,
         wait_connected: bool = True,
+        memory: Path | None = None,
     ) -> GtlsClient:
         """Connect and GET each of `paths`, or with a body POST it.
 
-        With `move`, do that `move_after` seconds later. The last segments of paths name files, and must differ.
+        With `move`, do that `move_after` seconds later. What the server gives for the next time is kept in the
+        directory `memory`. The last segments of paths name files, and must differ.
         Raises ConnectionEndedError or TimeoutError if there is no connection.
         """
         client = cls(paths)
@@ -80,6 +89,8 @@ class GtlsClient:
             data = Path(client._directory.name) / "body"
             data.write_bytes(body)
             options += ["--http-method=POST", f"--data={data}"]
+        if memory is not None:
+            options += [f"--session-file={memory / 'session'}", f"--tp-file={memory / 'transport-parameters'}"]
         client._downloads.mkdir()
         uris = [f"https://localhost:{server.port}{path}" for path in paths]
         client._process = await asyncio.create_subprocess_exec(
@@ -132,11 +143,18 @@ class GtlsClient:
             raise RuntimeError("started without a pipe")
         polling = asyncio.create_task(self._poll())
         closed: set[int] = set()
+        is_done = False  # with its handshake
         async for line in process.stderr:
             if _RESET.search(line) and self.reset_at is None:
                 self.reset_at = time.time()
             elif _CONNECTED.search(line) and not self._connected.done():
                 self._connected.set_result(None)
+            elif _HANDSHAKE_DONE.search(line):
+                is_done = True
+            elif _ASKED.search(line) and not is_done:
+                self.early = True
+            elif _EARLY_REFUSED.search(line):
+                self.early = False
             elif status := _STATUS.search(line):
                 self.transfers[int(status[1], 16) // 4].status = int(status[2])
             elif (end := _CLOSED.search(line)) and int(end[2]) == _H3_NO_ERROR:

@@ -24,6 +24,7 @@ from lb.address import Address
 SERVER_NAME = "localhost"
 CONNECT_TIMEOUT = 5.0  # seconds
 IDLE_TIMEOUT = 30.0  # seconds
+QUIC_V1, QUIC_V2 = 1, 0x6B3343CF  # RFC 9000, RFC 9369
 SOCKET_BUFFER = 1 << 20  # octets: Python reads slower than a burst arrives
 
 
@@ -41,12 +42,21 @@ class Stack(NamedTuple):
 class Http3Client(asyncio.DatagramProtocol):
     """One connection. Its certificate is not verified: what is tested is where packets go.
 
-    `reset_at` is when a Stateless Reset ended it, by the wall clock.
+    `reset_at` is when a Stateless Reset ended it, by the wall clock. `early` says whether the server took early data;
+    it is None if there was none. What the server gives for the next connection is appended to `tickets`, and the last
+    of them is used.
     """
 
     stack: ClassVar[Stack]
 
-    def __init__(self, server: Address, *, idle_timeout: float = IDLE_TIMEOUT) -> None:
+    def __init__(
+        self,
+        server: Address,
+        *,
+        idle_timeout: float = IDLE_TIMEOUT,
+        quic_v2: bool = False,
+        tickets: list[Any] | None = None,
+    ) -> None:
         configuration = self.stack.configuration(
             is_client=True,
             alpn_protocols=["h3"],
@@ -54,11 +64,19 @@ class Http3Client(asyncio.DatagramProtocol):
             verify_mode=ssl.CERT_NONE,
             idle_timeout=idle_timeout,
         )
+        if quic_v2:
+            configuration.original_version = QUIC_V2
+            configuration.supported_versions = [QUIC_V2, QUIC_V1]
+        tickets = [] if tickets is None else tickets
+        if tickets:
+            configuration.session_ticket = tickets[-1]
         self.server = server
         self.reset_at: float | None = None
+        self.early: bool | None = None
+        self._may_be_early = bool(tickets)
         self.datagrams_sent = 0
         self.ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
-        self._quic = self.stack.connection(configuration=configuration)
+        self._quic = self.stack.connection(configuration=configuration, session_ticket_handler=tickets.append)
         self._http = self.stack.http3(self._quic)  # at once, or it would miss the first events
         self._connected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._transfers: dict[int, Transfer] = {}
@@ -69,11 +87,25 @@ class Http3Client(asyncio.DatagramProtocol):
         self._timer: asyncio.TimerHandle | None = None
 
     @classmethod
-    async def connect(cls, server: Address, *, local: str | None = None, idle_timeout: float = IDLE_TIMEOUT) -> Self:
-        """Connect from the address `local`. Raises ConnectionEndedError or TimeoutError."""
-        client = cls(server, idle_timeout=idle_timeout)
+    async def connect(
+        cls,
+        server: Address,
+        *,
+        local: str | None = None,
+        idle_timeout: float = IDLE_TIMEOUT,
+        quic_v2: bool = False,
+        tickets: list[Any] | None = None,
+        at_once: Callable[[Self], None] | None = None,
+    ) -> Self:
+        """Connect from the address `local`. What `at_once` requests goes out as early data, if a ticket allows.
+
+        Raises ConnectionEndedError or TimeoutError.
+        """
+        client = cls(server, idle_timeout=idle_timeout, quic_v2=quic_v2, tickets=tickets)
         await client._open(local)
         client._quic.connect(_sockaddr(server), now=client._now())
+        if at_once is not None:
+            at_once(client)
         client._transmit()
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
@@ -224,6 +256,8 @@ class Http3Client(asyncio.DatagramProtocol):
         quic, http3 = self.stack.quic_events, self.stack.http3_events
         while (event := self._quic.next_event()) is not None:
             if isinstance(event, quic.HandshakeCompleted):
+                if self._may_be_early:
+                    self.early = event.early_data_accepted
                 if not self._connected.done():
                     self._connected.set_result(None)
             elif isinstance(event, quic.PingAcknowledged):
