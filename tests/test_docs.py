@@ -100,19 +100,25 @@ def test_the_readmes_configurations_are_some(tmp_path: Path) -> None:
     assert in_the_kernel.services == config.services
 
 
-def test_the_architecture_has_a_row_for_every_module_and_no_other() -> None:
+@pytest.mark.parametrize(
+    ("folder", "begin", "end"),
+    [("lb", "# Architecture", "`backend/` is an application"), ("backend", "| in `backend/`", "## A datagram's way")],
+)
+def test_the_architecture_has_a_row_for_every_module_and_no_other(folder: str, begin: str, end: str) -> None:
     text = (PAGE.parent / "architecture.md").read_text()
-    rows = re.findall(r"^\| ((?:`[\w/]+` ?)+)\|", text[: text.index("## A datagram's way")], re.MULTILINE)
+    rows = re.findall(r"^\| ((?:`[\w/]+` ?)+)\|", text[text.index(begin) : text.index(end)], re.MULTILINE)
     named = [name for row in rows for name in re.findall(r"`([\w/]+)`", row)]
-    lb = PAGE.parent.parent / "lb"
-    modules = [path.relative_to(lb).with_suffix("") for path in lb.rglob("*.py")]
+    top = PAGE.parent.parent / folder
+    modules = [
+        path.relative_to(top).with_suffix("") for path in top.rglob("*.py") if folder == "lb" or path.parent == top
+    ]
 
     assert sorted(named) == sorted(str(module) for module in modules if module.stem not in ("__init__", "__main__"))
 
 
 def test_every_link_between_the_pages_leads_somewhere() -> None:
     root = PAGE.parent.parent
-    for page in (*root.glob("*.md"), *root.glob("docs/*.md")):
+    for page in (*root.glob("*.md"), *root.glob("docs/**/*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]*)#?[^)]*\)", page.read_text()):
             assert not target or (page.parent / target).exists(), f"{page.name}: {target}"
 
