@@ -85,7 +85,18 @@ def test_every_wrong_file_is_refused_with_the_reason(tmp_path: Path) -> None:
     answers = ask(*(("file", str(file).encode()) for file in files))
     for (name, (_, reason)), lines in zip(WRONG.items(), answers, strict=True):
         assert any(re.search(reason, line) for line in lines), (name, lines)
+    good = server.file.read_text()
     assert ask(("file", str(server.file).encode())) == ["a"]
+    for wrong, reason in {
+        good.replace("config-id: 0", "config-id: !!int 0"): "tag",
+        good.replace('name: "a"', "name: &a b").replace("nonce-file: ", "nonce-file: *a # "): "alias",
+        good + "---\n": "second document",
+        good.replace("config-id: 0", 'config-id: "0"'): "config-id",
+    }.items():
+        assert wrong != good
+        server.file.write_text(wrong)
+        (lines,) = ask(("file", str(server.file).encode()))
+        assert any(reason in line for line in lines), (reason, lines)
 
 
 def test_huffman_codes_are_those_of_others() -> None:

@@ -1,6 +1,6 @@
 """What makes hypercorn routable: its QUIC protocol, with connections that get their connection IDs from an identity.
 
-Written for hypercorn 0.18.0 and aioquic 1.7.2. hypercorn has no option for any of it: `install` replaces two names in
+Written for hypercorn 0.18.0 and aioquic 1.7.2. hypercorn has no option for any of it: `install` replaces three names in
 its module `hypercorn.protocol.quic`, where every server of the process finds them.
 """
 
@@ -16,12 +16,13 @@ from typing import Any, cast
 import hypercorn.protocol.quic
 from aioquic.buffer import Buffer  # type: ignore[attr-defined]  # not in its __all__
 from aioquic.h3.connection import ErrorCode
-from aioquic.quic.packet import PACKET_FIXED_BIT, QuicHeader, pull_quic_header
+from aioquic.quic.configuration import SMALLEST_MAX_DATAGRAM_SIZE
+from aioquic.quic.packet import PACKET_FIXED_BIT, QuicHeader, encode_quic_version_negotiation, pull_quic_header
 from hypercorn.events import Event, RawData
 
 from backend.routable import Identity, IssuedCid, RoutableConnection
 from lb.limiter import RateLimiter
-from lb.packet import LONG_HEADER
+from lb.packet import LONG_HEADER, parse_header
 from lb.reset import reset_datagram, reset_size
 
 # Ours.
@@ -83,7 +84,10 @@ class RoutableProtocol(hypercorn.protocol.quic.QuicProtocol):
         self.quic_config.idle_timeout = idle_timeout
 
     async def handle(self, event: Event) -> None:
-        """Deliver a datagram, or answer it with a Stateless Reset."""
+        """Deliver a datagram, or answer it with a Stateless Reset or Version Negotiation."""
+        if isinstance(event, RawData) and (negotiation := self._negotiation(event.data)) is not None:
+            await self.send(RawData(data=negotiation, address=event.address))
+            return
         if isinstance(event, RawData) and (reset := self._reset(event.data)) is not None:
             self.resets += 1
             await self.send(RawData(data=reset, address=event.address))
@@ -124,6 +128,19 @@ class RoutableProtocol(hypercorn.protocol.quic.QuicProtocol):
     def _of(self, data: bytes) -> Any:
         """The connection of a short header; None if there is none."""
         return self.connections.get(data[1 : 1 + self._identity.cid_length]) if not data[0] & LONG_HEADER else None
+
+    def _negotiation(self, data: bytes) -> bytes | None:
+        """What answers a version that is not spoken here, such as a balancer's probe.
+
+        hypercorn reads the whole header first, as if it were version 1, and drops what makes no sense then.
+        """
+        header = parse_header(data)
+        if header is None or header.scid is None or len(data) < SMALLEST_MAX_DATAGRAM_SIZE:
+            return None
+        versions = self.quic_config.supported_versions
+        if int.from_bytes(data[1:5]) in (0, *versions):
+            return None
+        return encode_quic_version_negotiation(header.dcid, header.scid, versions)
 
     def _reset(self, data: bytes) -> bytes | None:
         """A Stateless Reset, for a short header with a connection ID of this server that no connection has."""

@@ -8,7 +8,7 @@ out=../../../build/adapters/ngtcp2
 command -v cc >/dev/null || { echo "no C compiler"; exit 3; }
 command -v pkg-config >/dev/null || { echo "no pkg-config"; exit 3; }
 for library in libngtcp2 libngtcp2_crypto_gnutls libnghttp3 gnutls nettle yaml-0.1; do
-    pkg-config --exists "$library" || { echo "no $library: libngtcp2-dev libngtcp2-crypto-gnutls-dev libnghttp3-dev libgnutls28-dev libyaml-dev"; exit 3; }
+    pkg-config --exists "$library" || { echo "no $library: docs/servers/ngtcp2.md says what to install"; exit 3; }
 done
 case $(pkg-config --modversion libngtcp2) in
 0.12.*) ;;

@@ -1214,8 +1214,8 @@ static void check_against(const struct quiclb *server, const struct settings *se
     if (server->current && server->current->has_reset_key && !settings->has_reset_key)
         mistake(mistakes, "reset-key-file: missing: the file in use has one; a restart changes it");
     if (length != server->cid_length)
-        mistake(mistakes, "cid-config: connection IDs of %zu octets: this process has some of %zu; a restart changes it",
-                length, server->cid_length);
+        mistake(mistakes, "cid-config: connection IDs of %zu octets: this process has some of %zu; a restart changes "
+                          "it", length, server->cid_length);
 }
 
 /* Issues connection IDs as `settings` say from now on. False, and nothing changed, if their nonces cannot be used. */

@@ -88,7 +88,7 @@ void quiclb_token_of(struct quiclb *server, const uint8_t *cid, size_t length, u
 /* Whether `cid` carries this server's ID, and its token is one that a client may know: only then may an unknown
  * connection ID be answered with a Stateless Reset. */
 bool quiclb_may_reset(struct quiclb *server, const uint8_t *cid, size_t length);
-/* How long a reset that answers a datagram of `trigger` octets is; 0 if there may be none (RFC 9000, section 10.3.3). */
+/* How long a reset is that answers `trigger` octets; 0 if there may be none (RFC 9000, section 10.3.3). */
 size_t quiclb_reset_size(size_t trigger);
 
 /* Octets that nobody can predict. */

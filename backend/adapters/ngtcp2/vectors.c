@@ -167,7 +167,8 @@ int main(void)
     printf("{");
     for (size_t i = 0; i < sizeof SECTIONS / sizeof SECTIONS[0]; i++) {
         printf("%s\"%s\": [", i ? ",\n" : "", SECTIONS[i].name);
-        for (const yaml_node_pair_t *pair = root->data.mapping.pairs.start; pair < root->data.mapping.pairs.top; pair++) {
+        const yaml_node_pair_t *end = root->data.mapping.pairs.top;
+        for (const yaml_node_pair_t *pair = root->data.mapping.pairs.start; pair < end; pair++) {
             const yaml_node_t *key = yaml_document_get_node(&document, pair->key);
             const yaml_node_t *list = yaml_document_get_node(&document, pair->value);
             if (strcmp((const char *)key->data.scalar.value, SECTIONS[i].name) != 0)

@@ -8,7 +8,7 @@ sources="build.sh package.json package-lock.json quiclb.mjs h3.mjs tokens.mjs se
 
 command -v node >/dev/null || { echo "no node"; exit 3; }
 command -v npm >/dev/null || { echo "no npm"; exit 3; }
-[ "$(node -p 'Number(process.versions.node.split(".")[0]) >= 20')" = true ] || { echo "node $(node --version), expected 20 or newer"; exit 3; }
+node -e 'process.exit(parseInt(process.versions.node) >= 20 ? 0 : 1)' || { echo "node 20 or newer is needed"; exit 3; }
 [ "$(node -p 'process.platform + process.arch')" = linuxx64 ] || { echo "no prebuilt quiche for $(uname -sm)"; exit 3; }
 
 mkdir -p "$out"

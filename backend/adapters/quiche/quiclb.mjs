@@ -145,7 +145,7 @@ export function resetToken(key, cid) {
   return createHmac('sha256', key).update(cid).digest().subarray(0, TOKEN_LENGTH);
 }
 
-/** How long a reset that answers a datagram of `trigger` octets is; 0 if there may be none (RFC 9000, section 10.3.3). */
+/** How long a reset is that answers `trigger` octets; 0 if there may be none (RFC 9000, section 10.3.3). */
 export function resetSize(trigger) {
   if (trigger <= 21) return 0;
   if (trigger <= 43) return trigger - 1;
@@ -214,7 +214,8 @@ class Marks {
     this.lock = attempt(`${path}.lock`, () =>
       openSync(`${path}.lock`, constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW, 0o600));
     // Node has no flock(2). It belongs to the open file, so it stays ours when the program that takes it has ended.
-    const taken = spawnSync('flock', ['--exclusive', '--nonblock', '3'], { stdio: ['ignore', 'ignore', 'ignore', this.lock] });
+    const stdio = ['ignore', 'ignore', 'ignore', this.lock];
+    const taken = spawnSync('flock', ['--exclusive', '--nonblock', '3'], { stdio });
     if (taken.error) throw new Refused([`${path}: the program flock (Debian: util-linux) is missing`]);
     if (taken.status !== 0) {
       closeSync(this.lock);
@@ -326,7 +327,9 @@ function attempt(path, act) {
 function readAll(file, most) {
   const octets = Buffer.alloc(most + 1);
   let length = 0;
-  for (let got = 1; got > 0 && length <= most; length += got) got = readSync(file, octets, length, most + 1 - length, null);
+  for (let got = 1; got > 0 && length <= most; length += got) {
+    got = readSync(file, octets, length, most + 1 - length, null);
+  }
   if (length > most) throw new Refused(['too long']);
   return octets.subarray(0, length);
 }
@@ -491,11 +494,12 @@ function readServerFile(path) {
   const mistakes = [];
   visit(document, {
     Alias: () => { mistakes.push(`${path}: aliases are not used here; write the value out`); },
-    Node: (_, node) => { if (node.tag && node.srcToken?.props?.some?.((each) => each.type === 'tag')) mistakes.push(`${path}: tags are not used here`); },
+    Value: (_, node) => { if (node.tag) mistakes.push(`${path}: tags are not used here; write the value alone`); },
   });
   const top = new Section(document.contents, '', TOP, mistakes);
+  const aName = 'up to 64 letters, digits, dots, hyphens and underscores';
   const result = {
-    name: top.text('name', /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/, 'up to 64 letters, digits, dots, hyphens and underscores', true),
+    name: top.text('name', /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/, aName, true),
     made: top.text('made', /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$/, 'a moment as "2026-11-21T09:42:25Z"') ?? '',
     config: null,
     serverId: null,
@@ -571,7 +575,8 @@ export class Server {
     const before = this.current;
     this.take(file);
     const now = this.current;
-    return !before || !now || before.counter !== now.counter || before.codec.config.configId !== now.codec.config.configId
+    return !before || !now || before.counter !== now.counter
+      || before.codec.config.configId !== now.codec.config.configId
       || !(before.resetKey ?? NONE).equals(now.resetKey ?? NONE);
   }
 
@@ -597,7 +602,8 @@ export class Server {
       reasons.push('reset-key-file: missing: the file in use has one; a restart changes it');
     }
     if (length !== this.cidLength) {
-      reasons.push(`cid-config: connection IDs of ${length} octets: this process has some of ${this.cidLength}; a restart changes it`);
+      const some = `this process has some of ${this.cidLength}; a restart changes it`;
+      reasons.push(`cid-config: connection IDs of ${length} octets: ${some}`);
     }
     return reasons;
   }
@@ -651,7 +657,7 @@ export class Server {
     return knownAs?.codec.decode(cid)?.serverId.equals(knownAs.serverId) ?? false;
   }
 
-  /** Whether an unknown connection ID may be answered with a Stateless Reset: it is ours, and a client may know its token. */
+  /** Whether an unknown connection ID may get a Stateless Reset: it is ours, and a client may know its token. */
   mayReset(cid) {
     return this.isOwn(cid) && this.knownAs.get(cid[0] >> 5).resetKey !== null;
   }

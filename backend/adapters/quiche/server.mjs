@@ -22,6 +22,7 @@ const MAX_TOKEN_KEYS = 8;
 const MAX_CIDS = 8; // of one connection at a time
 const RESETS_PER_SECOND = 200; // behind a balancer every client has one address, so none per source
 const PACKET = 1350; // octets; what quiche sends at most
+const SETTLED = 100; // milliseconds, and four round trips: what was sent before has arrived
 const TICK = 50; // milliseconds between the lines of /slow
 const MAX_SECONDS = 3600; // of one /slow
 const MAX_BYTES = 2 ** 34; // of one /bytes
@@ -29,8 +30,8 @@ const CHUNK = Buffer.from(Array.from({ length: 65536 + 256 }, (_, i) => i & 0xff
 const CONTROL = 3; // the first stream that a server opens of its own
 const INVALID_TOKEN = 0x0b;
 const CONNECTION_REFUSED = 0x02;
-const USAGE = `usage: server --listen ADDRESS:PORT [--listen ...] --server-config FILE --cert PEM --key PEM [--name NAME]
-              [--retry] [--token-key-file FILE] [--idle-timeout SECONDS]`;
+const USAGE = `usage: server --listen ADDRESS:PORT [--listen ...] --server-config FILE --cert PEM --key PEM
+              [--name NAME] [--retry] [--token-key-file FILE] [--idle-timeout SECONDS]`;
 
 const say = (line) => process.stderr.write(`quiche: ${line}\n`);
 const keyOf = (cid) => Buffer.from(cid).toString('latin1');
@@ -74,7 +75,7 @@ const BODY = {
 /** The response to a request: status, type and body; `ticks` if the body grows by itself. */
 function answer(site, request) {
   const text = (status, line) => ({ status, type: 'text/plain', body: BODY.of(Buffer.from(`${line}\n`)) });
-  const json = (value) => ({ status: 200, type: 'application/json', body: BODY.of(Buffer.from(`${JSON.stringify(value)}\n`)) });
+  const json = (value) => ({ ...text(200, JSON.stringify(value)), type: 'application/json' });
   const { method, path = '' } = request.fields;
   const number = (prefix, most) => {
     const digits = path.startsWith(prefix) ? path.slice(prefix.length) : '';
@@ -96,7 +97,9 @@ function answer(site, request) {
     });
   }
   const octets = number('/bytes/', MAX_BYTES);
-  if (octets !== null) return { status: 200, type: 'application/octet-stream', body: BODY.countingUp(Math.floor(octets)) };
+  if (octets !== null) {
+    return { status: 200, type: 'application/octet-stream', body: BODY.countingUp(Math.floor(octets)) };
+  }
   const seconds = number('/slow/', MAX_SECONDS);
   if (seconds !== null) {
     const ticks = Math.round((seconds * 1000) / TICK);
@@ -180,6 +183,8 @@ class Connection {
     this.ticker = null;
     this.isSetUp = false;
     this.renewing = 0; // connection IDs of an earlier configuration that are still to be replaced
+    this.issued = 0; // when the last connection ID was, in milliseconds
+    this.settler = null;
     this.isStale = false; // all that the client has are to be replaced, once it has retired what it was asked to
   }
 
@@ -247,13 +252,28 @@ class Connection {
     if (!quic.isEstablished()) return;
     while (quic.sourceCidsLeft() > 0 && this.issue(false));
     const most = quic.activeSourceCids() + quic.sourceCidsLeft(); // what is left is less than nothing at times
-    if (this.isStale && this.renewing === 0 && quic.activeSourceCids() <= most) {
-      this.isStale = false;
-      this.renewing = quic.activeSourceCids();
-    }
+    if (this.isStale && this.renewing === 0 && quic.activeSourceCids() <= most) this.beginRenewal();
     // quiche 0.18 holds 2 * most - 1. To ask for more fails, but raises Retire Prior To all the same, above the
     // sequence numbers that clients get: they close the connection.
     for (; this.renewing > 0 && quic.activeSourceCids() < 2 * most - 1; this.renewing--) this.issue(true);
+  }
+
+  /**
+   * Not before the client has what was issued last: quiche writes today's Retire Prior To into frames that it sends for
+   * the first time, or again, whatever their sequence number is. Whether they are acknowledged it does not say.
+   */
+  beginRenewal() {
+    const rtt = this.quic.pathStats().find((path) => path.active)?.rtt ?? SETTLED;
+    const wait = this.issued + SETTLED + 4 * rtt - performance.now();
+    if (wait > 0) {
+      this.settler ??= setTimeout(() => {
+        this.settler = null;
+        this.go();
+      }, wait);
+      return;
+    }
+    this.isStale = false;
+    this.renewing = this.quic.activeSourceCids();
   }
 
   /** Gives the client one more, if need be in place of the oldest that it has. False if quiche does not take it. */
@@ -265,6 +285,7 @@ class Connection {
       return false;
     }
     this.route(cid);
+    this.issued = performance.now();
     return true;
   }
 
@@ -360,6 +381,7 @@ class Connection {
   end() {
     clearTimeout(this.timer);
     clearTimeout(this.ticker);
+    clearTimeout(this.settler);
     for (const cid of this.routes.values()) this.site.forget(cid, this);
     this.site.forget(this.original, this);
     this.site.all.delete(this);
@@ -423,7 +445,8 @@ class Site {
     const size = resetSize(trigger);
     if (size === 0 || !this.server.mayReset(cid)) return;
     const now = performance.now();
-    this.resetCredit = Math.min(this.resetCredit + ((now - this.resetTime) / 1000) * RESETS_PER_SECOND, RESETS_PER_SECOND);
+    const earned = ((now - this.resetTime) / 1000) * RESETS_PER_SECOND;
+    this.resetCredit = Math.min(this.resetCredit + earned, RESETS_PER_SECOND);
     this.resetTime = now;
     if (this.resetCredit < 1) return;
     this.resetCredit -= 1;
