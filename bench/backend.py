@@ -45,7 +45,7 @@ TITLE = "The reference backend"
 THREADS = 4
 CONNECTIONS = 1000
 TOGETHER = 4  # clients that shake hands at a time
-START_PATIENCE = 30.0  # seconds
+IDLE_TIMEOUT = 600.0  # seconds: on a busy machine the first client waits for long until the last has come
 ROTATION_PATIENCE = 60.0  # seconds
 
 TARGET_CIDS = 1e5  # per second
@@ -250,12 +250,23 @@ def write_configuration(files: Path, number: int) -> None:
 def stock_command(files: Path) -> Command:
     address = _free()
     options = ["--port", str(address.port), "--cert", str(files / "cert.pem"), "--key", str(files / "key.pem")]
+    options += ["--idle-timeout", str(IDLE_TIMEOUT)]
     return Command("stock", [sys.executable, "-m", "bench.stock", *options], address)
 
 
 def reference_command(files: Path) -> Command:
     address = _free()
-    arguments = [sys.executable, "-m", "backend", "--listen", str(address), "--grace", "0"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "backend",
+        "--listen",
+        str(address),
+        "--grace",
+        "0",
+        "--idle-timeout",
+        str(IDLE_TIMEOUT),
+    ]
     for option, name in (("--server-config", "server.yaml"), ("--cert", "cert.pem"), ("--key", "key.pem")):
         arguments += [option, str(files / name)]
     return Command("reference", arguments, address)
@@ -314,7 +325,7 @@ async def _idle(server: Served, count: int, rotations: int) -> tuple[int, list[f
 
     async def some() -> None:
         for _ in left:
-            client = await AioquicClient.connect(server.address)
+            client = await AioquicClient.connect(server.address, idle_timeout=IDLE_TIMEOUT)
             clients.append(client)
             await client.get("/")
 

@@ -39,12 +39,12 @@ class StockProtocol(Http3Protocol):
 aioquic.quic.connection.EPOCHS = inspect.unwrap(aioquic.quic.connection.EPOCHS)
 
 
-async def _serve(port: int, cert: Path, key: Path) -> None:
+async def _serve(port: int, cert: Path, key: Path, idle_timeout: float) -> None:
     tls = certificate.load(cert, key)
     configuration = QuicConfiguration(
         is_client=False,
         alpn_protocols=["h3"],
-        idle_timeout=IDLE_TIMEOUT,
+        idle_timeout=idle_timeout,
         certificate=tls.chain[0],
         certificate_chain=tls.chain[1:],
         private_key=tls.key,
@@ -59,10 +59,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--cert", type=Path, required=True)
     parser.add_argument("--key", type=Path, required=True)
+    parser.add_argument("--idle-timeout", type=float, default=IDLE_TIMEOUT)
     args = parser.parse_args()
     logging.getLogger("quic").setLevel(logging.ERROR)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(args.port, args.cert, args.key))
+        runner.run(_serve(args.port, args.cert, args.key, args.idle_timeout))
 
 
 if __name__ == "__main__":

@@ -207,6 +207,7 @@ WALL_CLOCK = {  # modules that look at it, and what for: to show it, never to de
     "lb/rewrite.py": "how old a key file is, for people",
     "lb/xdp/status.py": "how old what is attached is, for people",
     "lb/commands/xdp.py": "how old what it shows is, for people",
+    "lb/commands/conformance.py": "when an examination began, for people",
     "lb/commands/rotation.py": "when a server's file was made: servers compare it with another file's",
 }
 

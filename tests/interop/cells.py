@@ -75,20 +75,26 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A cell's verdict and what was seen, or why it was not played. `seconds`: how long it took."""
+    """A cell's verdict and what was seen, or why it was not played. `seconds`: how long it took.
+
+    `was_disturbed`: it came to the point where connection IDs matter. A control that fails before shows nothing.
+    """
 
     cell: Cell
     verdict: Verdict
     saw: str
     seconds: float = 0.0
     attempts: int = 1
+    was_disturbed: bool = True
 
     @property
     def is_as_expected(self) -> bool:
         """A control that gets through what only a connection ID can save is not."""
         if self.verdict is Verdict.NOT_RUN:
             return True
-        return self.verdict is (Verdict.FAIL if self.cell.must_fail else Verdict.PASS)
+        if self.cell.must_fail:
+            return self.verdict is Verdict.FAIL and self.was_disturbed
+        return self.verdict is Verdict.PASS
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,4 +108,5 @@ class Result:
             found["saw"],
             found["seconds"],
             found["attempts"],
+            found["was_disturbed"],
         )

@@ -49,12 +49,16 @@ class FailedError(Exception):
 
 @dataclass(slots=True)
 class Scene:
-    """What a scenario needs. `stall`: seconds without one octet that mean that there will be no more."""
+    """What a scenario needs. `stall`: seconds without one octet that mean that there will be no more.
+
+    `disturbed`: it has come to what it is about.
+    """
 
     site: Site
     balancing: Balancing
     client: Client
     stall: float
+    disturbed: bool = False
 
     @contextlib.asynccontextmanager
     async def visitor(self, *, quic_v2: bool = False, migrates_after: float | None = None) -> AsyncIterator[Visitor]:
@@ -92,7 +96,7 @@ class Guest:
     witness: Witness
     server: str
     octets: int
-    stall: float
+    scene: Scene
     initials: int
     disturbed: tuple[float, int] = (0.0, 0)  # when that was, and how many octets were there
 
@@ -101,12 +105,13 @@ class Guest:
         return self.session.transfers[-1]
 
     async def reached(self, octets: int) -> None:
-        await within(self.stall, self.transfer.reached(octets), "the download does not begin")
+        await within(self.scene.stall, self.transfer.reached(octets), "the download does not begin")
 
     def disturb(self) -> None:
         """From here on it matters. It must not be over yet."""
         if self.transfer.is_over:
             raise FailedError("the download was over before")
+        self.scene.disturbed = True
         self.disturbed = time.monotonic(), len(self.transfer.body)
 
     async def move(self, outside: str | None = None, target: Address | None = None) -> None:
@@ -125,7 +130,7 @@ class Guest:
         while not self.transfer.is_over:
             waiting = self.transfer.reached(len(self.transfer.body) + 1)
             with contextlib.suppress(ConnectionEndedError):  # complete() says what is wrong
-                await within(self.stall, waiting, f"nothing after {len(self.transfer.body):,} octets")
+                await within(self.scene.stall, waiting, f"nothing after {len(self.transfer.body):,} octets")
         check_bytes(await self.transfer.complete(), self.octets)
         if self.witness.up[QuicPacketType.INITIAL] > self.initials:
             raise FailedError("it connected anew")
@@ -169,7 +174,7 @@ async def downloading(
         try:
             server = (await whoami(session.transfers[0]))["name"]
             initials = network.witness.up[QuicPacketType.INITIAL]
-            yield Guest(session, network.relay, network.witness, server, octets, scene.stall, initials)
+            yield Guest(session, network.relay, network.witness, server, octets, scene, initials)
         finally:
             await session.close()
 
@@ -333,6 +338,7 @@ async def backend_killed(scene: Scene) -> str:
             await within(scene.stall, session.transfers[1].reached(ENOUGH), "the download does not begin")
             server = scene.site.servers[first]
             killed = await server.child.kill()
+            scene.disturbed = True
             try:
                 async with asyncio.timeout(TOLD_WITHIN):
                     await session.transfers[1].complete()

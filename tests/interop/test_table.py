@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from backend.adapters.registry import ADAPTERS, Feature
@@ -52,7 +54,7 @@ def test_a_row_is_a_client_at_a_server_and_a_reason_has_one_number() -> None:
         f"| aioquic | curl_cffi | ✗ [2{link} | · [3{link} |",
         f"| aioquic | pycurl | ✓ | · [3{link} |",
     ]
-    assert notes == {"Another.": 1, "It did not.": 2, "Libcurl has no active migration.": 3}
+    assert notes == {"Another.": 1, "it did not.": 2, "libcurl has no active migration.": 3}
 
 
 def test_a_control_is_as_expected_where_it_fails_because_it_knows_no_connection_ids() -> None:
@@ -66,11 +68,19 @@ def test_a_control_is_as_expected_where_it_fails_because_it_knows_no_connection_
         assert result(Verdict.NOT_RUN, engine=Engine.CONTROL, feature=feature).is_as_expected
 
 
+def test_a_control_that_fails_before_anything_moved_shows_nothing() -> None:
+    moved = result(Verdict.FAIL, "no connection", engine=Engine.CONTROL, feature=Feature.NAT_REBINDING)
+    assert moved.is_as_expected
+    assert not replace(moved, was_disturbed=False).is_as_expected
+
+
 def test_a_control_that_gets_through_is_marked_and_told() -> None:
     moved = result(Verdict.PASS, "all of it", engine=Engine.CONTROL, feature=Feature.NAT_REBINDING)
     text = page([moved])
     assert "| aioquic | qh3 | ✓ [1](#why-not-and-what-went-wrong) |" in text
     assert "1. The control got through where it must not." in text
+    not_run = result(Verdict.NOT_RUN, "no nginx", engine=Engine.CONTROL, feature=Feature.NAT_REBINDING)
+    assert "1. no nginx." in page([not_run])
     assert summary([moved]).splitlines()[1] == "the control got through: nginx aioquic qh3 nat-rebinding: all of it"
 
 

@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,27 +94,28 @@ async def _cell(made: Scenery, cell: Cell) -> Result:
     began = time.monotonic()
     failures: list[str] = []
     while True:
-        verdict, saw = await _attempt(made, cell)
-        if verdict is Verdict.PASS or cell.must_fail or len(failures) == ATTEMPTS - 1:
+        verdict, saw, disturbed = await _attempt(made, cell)
+        is_final = disturbed if cell.must_fail else verdict is Verdict.PASS
+        if is_final or len(failures) == ATTEMPTS - 1:
             break
         failures.append(saw)
     saw += "".join(f" (at first: {failure})" for failure in failures if failure != saw)
-    return Result(cell, verdict, saw, round(time.monotonic() - began, 2), len(failures) + 1)
+    return Result(cell, verdict, saw, round(time.monotonic() - began, 2), len(failures) + 1, disturbed)
 
 
-async def _attempt(made: Scenery, cell: Cell) -> tuple[Verdict, str]:
+async def _attempt(made: Scenery, cell: Cell) -> tuple[Verdict, str, bool]:
+    """Its verdict, what was seen, and whether it came to what it is about."""
     stall = STALL_CONTROL if cell.must_fail else STALL
     scene = Scene(made.site, made.balancing, CLIENTS[cell.client], stall)
     try:
         async with asyncio.timeout(CELL_TIMEOUT):
             await made.balancing.begin()
-            return Verdict.PASS, await SCENARIOS[cell.feature](scene)
+            return Verdict.PASS, await SCENARIOS[cell.feature](scene), scene.disturbed
     except TimeoutError:
-        return Verdict.FAIL, f"not over within {CELL_TIMEOUT:g} s, or no connection"
+        return Verdict.FAIL, f"not over within {CELL_TIMEOUT:g} s, or no connection", scene.disturbed
     except (FailedError, ConnectionEndedError, StageError, OSError, ValueError, KeyError) as error:
-        if os.environ.get("INTEROP_TRACE"):
-            traceback.print_exc()
-        return Verdict.FAIL, f"{type(error).__name__}: {error}" if not isinstance(error, FailedError) else str(error)
+        saw = str(error) if isinstance(error, FailedError) else f"{type(error).__name__}: {error}"
+        return Verdict.FAIL, saw, scene.disturbed
 
 
 def _tell(result: Result) -> None:
