@@ -46,7 +46,7 @@ def parser_of_options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--listen",
         action="append",
-        type=_address,
+        type=listen_address,
         metavar="ADDRESS:PORT",
         help="where to listen, as often as there are addresses; port 0 is any (default: 127.0.0.1:4433)",
     )
@@ -54,7 +54,7 @@ def parser_of_options() -> argparse.ArgumentParser:
         "--preferred-address",
         action="append",
         default=[],
-        type=_address,
+        type=listen_address,
         metavar="ADDRESS:PORT",
         help="an address of this server's own, where clients are asked to go on and where it listens too; once for "
         "each family",
@@ -133,7 +133,7 @@ def parser_of_options() -> argparse.ArgumentParser:
         "balancer they may all come from one address",
     )
     parser.add_argument(
-        "--metrics", type=_address, metavar="ADDRESS:PORT", help="serve metrics for Prometheus there, over HTTP"
+        "--metrics", type=listen_address, metavar="ADDRESS:PORT", help="serve metrics for Prometheus there, over HTTP"
     )
     parser.add_argument(
         "--log-level",
@@ -147,7 +147,7 @@ def parser_of_options() -> argparse.ArgumentParser:
     return parser
 
 
-def _address(written: str) -> Address:
+def listen_address(written: str) -> Address:
     host, _, port = written.rpartition(":")
     try:
         # Port 0 is no address to send to, but one to listen on.

@@ -170,7 +170,7 @@ class Server:
         """Bind one socket to each address; returns them with the ports that were bound. Raises OSError."""
         bound = []
         for address in addresses:
-            sock = _bind(address)
+            sock = bound_socket(address)
             bound.append(Address(*sock.getsockname()[:2]))
             await self._loop.create_datagram_endpoint(lambda: _Ear(self), sock=sock)
         return bound
@@ -417,7 +417,8 @@ class Server:
         connection.protocol.connection_lost(None)
 
 
-def _bind(address: Address) -> socket.socket:
+def bound_socket(address: Address) -> socket.socket:
+    """A UDP socket at an address of one family, with room for bursts. Raises OSError."""
     family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     try:

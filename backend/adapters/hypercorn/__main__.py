@@ -18,8 +18,10 @@ from hypercorn.typing import ASGIFramework
 
 from backend.adapters.hypercorn.app import Application
 from backend.adapters.hypercorn.routable import RoutableProtocol, install
+from backend.options import IDLE_TIMEOUT, listen_address
 from backend.reload import ServerFile, identity_of, obstacles
 from backend.routable import Identity
+from backend.server import bound_socket
 from lb.address import Address
 from lb.errors import ConfigErrors, QuicLbError
 from lb.highwater import HighWaterFile
@@ -27,7 +29,6 @@ from lb.log import configure
 from lb.server_config import ServerConfig, load_server_config
 
 # Ours.
-IDLE_TIMEOUT = 30.0  # seconds
 GRACE = 1.0  # seconds that requests have at the end
 EXIT_USAGE = 2
 
@@ -44,7 +45,7 @@ def main() -> int:
                 raise QuicLbError("; ".join(reasons))
             marks = files.enter_context(HighWaterFile(config.nonce_file)) if config.nonce_file else None
             identity = identity_of(config, marks)
-            sockets = [files.enter_context(_bound(address)) for address in args.listen]
+            sockets = [files.enter_context(bound_socket(address)) for address in args.listen]
         except (ConfigErrors, QuicLbError, OSError) as error:
             for reason in error.exceptions if isinstance(error, ConfigErrors) else (error,):
                 print(f"hypercorn: {reason}", file=sys.stderr)
@@ -98,39 +99,17 @@ async def _renew(protocols: list[RoutableProtocol]) -> None:
         await protocol.renew_cids()
 
 
-def _bound(address: Address) -> socket.socket:
-    family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_DGRAM)
-    try:
-        if address.is_ipv6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m backend.adapters.hypercorn", description=__doc__)
-    parser.add_argument("--listen", action="append", required=True, metavar="ADDRESS:PORT", help="port 0 is any")
+    parser.add_argument(
+        "--listen", action="append", type=listen_address, required=True, metavar="ADDRESS:PORT", help="port 0 is any"
+    )
     parser.add_argument("--server-config", type=Path, required=True, metavar="FILE")
     parser.add_argument("--cert", type=Path, required=True, metavar="FILE", help="PEM chain")
     parser.add_argument("--key", type=Path, required=True, metavar="FILE", help="PEM key of the certificate")
     parser.add_argument("--name", help="what it calls itself, instead of the name in the file")
     parser.add_argument("--idle-timeout", type=float, default=IDLE_TIMEOUT, metavar="SECONDS")
-    args = parser.parse_args()
-    try:
-        args.listen = [_listen_address(written) for written in args.listen]
-    except ValueError as error:
-        parser.error(f"--listen: {error}")
-    return args
-
-
-def _listen_address(written: str) -> Address:
-    host, _, port = written.rpartition(":")
-    # Port 0 is no address to send to, but one to listen on.
-    return Address.parse(f"{host}:1")._replace(port=0) if port == "0" else Address.parse(written)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
