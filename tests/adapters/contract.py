@@ -50,7 +50,6 @@ DOWNLOAD = 10_000_000  # octets
 CONNECTIONS = 20  # whose connection IDs are looked at
 GARBAGE = 300  # datagrams
 SEED = 5
-TRIES = 60  # connections, to find one on a given server
 SCENE_TIMEOUT = 40.0  # seconds; far above what any of them takes
 
 Scene = Callable[[Stand], Awaitable[None]]
@@ -591,13 +590,15 @@ def short_header(cid: bytes, size: int) -> bytes:
 
 @contextlib.asynccontextmanager
 async def placed(on: Stand, server: Server) -> AsyncIterator[AioquicClient]:
-    """A client that came to a given server through the balancer."""
-    for _ in range(TRIES):
+    """A client that came to a given server through the balancer. One that was started just now is DOWN for a while."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + PATIENCE
+    while loop.time() < deadline:
         async with await AioquicClient.connect(on.fronts["web"]) as client:
             if (await client.whoami())["name"] == server.name:
                 yield client
                 return
-    raise AssertionError(f"{TRIES} connections, and none on {server.name}")
+    raise AssertionError(f"no connection on {server.name}")
 
 
 async def until_new_connections(on: Stand, server: Server, under: int) -> None:

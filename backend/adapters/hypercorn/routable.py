@@ -7,6 +7,7 @@ its module `hypercorn.protocol.quic`, where every server of the process finds th
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from backend.routable import Identity, IssuedCid, RoutableConnection
 from lb.limiter import RateLimiter
 from lb.packet import LONG_HEADER, parse_header
 from lb.reset import reset_datagram, reset_size
+
+log = logging.getLogger(__name__)
 
 # Ours.
 RESETS_PER_SECOND = 200
@@ -84,11 +87,19 @@ class RoutableProtocol(hypercorn.protocol.quic.QuicProtocol):
         self.quic_config.idle_timeout = idle_timeout
 
     async def handle(self, event: Event) -> None:
-        """Deliver a datagram, or answer it with a Stateless Reset or Version Negotiation."""
-        if isinstance(event, RawData) and (negotiation := self._negotiation(event.data)) is not None:
+        """Deliver a datagram, or answer it with a Stateless Reset or Version Negotiation. None ends the server."""
+        if not isinstance(event, RawData) or not event.data:
+            return
+        try:
+            await self._received(event)
+        except Exception:
+            log.exception("datagram-failed")
+
+    async def _received(self, event: RawData) -> None:
+        if (negotiation := self._negotiation(event.data)) is not None:
             await self.send(RawData(data=negotiation, address=event.address))
             return
-        if isinstance(event, RawData) and (reset := self._reset(event.data)) is not None:
+        if (reset := self._reset(event.data)) is not None:
             self.resets += 1
             await self.send(RawData(data=reset, address=event.address))
             return
@@ -96,7 +107,7 @@ class RoutableProtocol(hypercorn.protocol.quic.QuicProtocol):
         module: Any = hypercorn.protocol.quic
         module.QuicConnection = partial(RoutableConnection, self)
         await super().handle(event)
-        if isinstance(event, RawData) and (connection := self._of(event.data)) is not None and connection.h3:
+        if (connection := self._of(event.data)) is not None and connection.h3:
             connection.h3.client = event.address  # hypercorn's own is where the first packet came from
 
     def issue(self, connection: RoutableConnection) -> IssuedCid:
@@ -144,7 +155,7 @@ class RoutableProtocol(hypercorn.protocol.quic.QuicProtocol):
 
     def _reset(self, data: bytes) -> bytes | None:
         """A Stateless Reset, for a short header with a connection ID of this server that no connection has."""
-        if not data or data[0] & LONG_HEADER or not data[0] & PACKET_FIXED_BIT:
+        if data[0] & LONG_HEADER or not data[0] & PACKET_FIXED_BIT:
             return None
         cid = data[1 : 1 + self._identity.cid_length]
         if cid in self.connections or self.connections.lingers(cid) or not self._identity.may_reset(cid):
