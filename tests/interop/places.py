@@ -9,7 +9,6 @@ import asyncio
 import base64
 import contextlib
 import hashlib
-import json
 import os
 import signal
 import socket
@@ -393,10 +392,3 @@ async def scenery(engine: Engine, adapter: Adapter, nginx: tuple[Path, Path] | N
             for name in BALANCERS:
                 await site.start_balancer(name)
             yield Scenery(site, Quiclb(site))
-
-
-def failed_words(scene: Scenery) -> str:
-    """The last words of all processes, for whoever has to find out why."""
-    children = [server.child for server in scene.site.servers.values()]
-    children += [balancer.child for balancer in scene.site.balancers.values()]
-    return json.dumps({child.name: child.last_words() for child in children}, indent=1)
